@@ -1,0 +1,579 @@
+package identity
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
+
+	"github.com/stopline-traffic/stopline/pkg/kind"
+	"github.com/stopline-traffic/stopline/pkg/merkle"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+)
+
+// EntryType says what a registry entry describes.
+type EntryType string
+
+// The types of entry.
+const (
+	TypeDevice    EntryType = "device"
+	TypeService   EntryType = "service"
+	TypeOfficial  EntryType = "official"
+	TypeValidator EntryType = "validator"
+	TypeJunction  EntryType = "junction"
+	TypePolicy    EntryType = "policy"
+	TypeSoftware  EntryType = "software"
+)
+
+// PublicKey is an Ed25519 public key, in JSON as 64 hex digits.
+type PublicKey ed25519.PublicKey
+
+// MarshalText writes the key as hex.
+func (k PublicKey) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(k)), nil }
+
+// UnmarshalText reads 64 hex digits.
+func (k *PublicKey) UnmarshalText(b []byte) error {
+	v, err := hex.DecodeString(string(b))
+	if err != nil || len(v) != ed25519.PublicKeySize {
+		return fmt.Errorf("public key: must be %d hex digits", 2*ed25519.PublicKeySize)
+	}
+	*k = v
+	return nil
+}
+
+// Device is the body of a device entry: a roadside unit.
+type Device struct {
+	Junction traffic.JunctionID `json:"junction"`
+	Key      PublicKey          `json:"key"`
+	// Detectors that the device may speak for. Empty: all of its junction's.
+	Detectors []traffic.DetectorID `json:"detectors,omitempty"`
+}
+
+// Service is the body of a service entry: a part of the district's own software.
+type Service struct {
+	Key PublicKey `json:"key"`
+	// Signs lists the kinds of record that the service may sign.
+	Signs []RecordKind `json:"signs"`
+}
+
+// Official is the body of an official's entry: a person with an office.
+type Official struct {
+	Key        PublicKey `json:"key"`
+	Department string    `json:"department"`
+	// Roles, for instance "registrar": may change the registry.
+	Roles []string `json:"roles"`
+}
+
+// Registrar is the role that may change the registry.
+const Registrar = "registrar"
+
+// Validator is the body of a validator's entry. Voting and cosigning keys are
+// different keys, so that neither can be made to sign for the other.
+type Validator struct {
+	Number     uint64    `json:"number"` // from 1; never used again
+	Department string    `json:"department"`
+	VoteKey    PublicKey `json:"vote_key"`
+	CosignKey  PublicKey `json:"cosign_key"`
+}
+
+// Policy is the body of a policy entry: what signal-control decides by.
+type Policy struct {
+	Version    string `json:"version"`
+	Controller string `json:"controller"`
+	Rules      string `json:"rules"`
+}
+
+// Status of an entry.
+type Status string
+
+// The states of an entry. An id is never used again.
+const (
+	Active  Status = "active"
+	Revoked Status = "revoked"
+)
+
+// Entry is one line of the registry.
+type Entry struct {
+	Type   EntryType `json:"type"`
+	ID     string    `json:"id"`
+	Status Status    `json:"status"`
+	// Since is the height of the block whose record made the entry what it is;
+	// 0 for genesis. It is in force from the block after.
+	Since uint64 `json:"since"`
+	// Body is JSON by type, the exact bytes that were filed.
+	Body json.RawMessage `json:"body"`
+}
+
+const entryDomain = "stopline registry entry v1\n"
+
+// Marshal returns the encoding that the registry's hash is over: the domain
+// line, then type, id, status and since on a line each, then the body.
+func (e Entry) Marshal() []byte {
+	return fmt.Appendf(nil, "%s%s\n%s\n%s\n%d\n%s", entryDomain, e.Type, e.ID, e.Status, e.Since, e.Body)
+}
+
+// ParseEntry decodes what [Entry.Marshal] wrote.
+func ParseEntry(b []byte) (Entry, error) {
+	p := strings.SplitN(string(b), "\n", 6)
+	if len(p) != 6 || p[0]+"\n" != entryDomain {
+		return Entry{}, errors.New("registry entry: not in the form of stopline registry entry v1")
+	}
+	since, err := strconv.ParseUint(p[4], 10, 64)
+	if err != nil {
+		return Entry{}, fmt.Errorf("registry entry: since: %w", err)
+	}
+	e := Entry{Type: EntryType(p[1]), ID: p[2], Status: Status(p[3]), Since: since, Body: json.RawMessage(p[5])}
+	if !bytes.Equal(e.Marshal(), b) {
+		return Entry{}, errors.New("registry entry: not in canonical form")
+	}
+	if e.Status != Active && e.Status != Revoked {
+		return Entry{}, fmt.Errorf("registry entry: status %q: must be active or revoked", e.Status)
+	}
+	return e, nil
+}
+
+// Change is the payload of a registry record.
+type Change struct {
+	District traffic.DistrictID `json:"district"`
+	Action   string             `json:"action"` // put or revoke
+	Type     EntryType          `json:"type"`
+	ID       string             `json:"id"`
+	Body     json.RawMessage    `json:"body,omitempty"`
+	// Nonce makes the record unlike every other of its signer.
+	Nonce uint64 `json:"nonce"`
+}
+
+// Genesis is the agreed beginning of a district: its hash is the parent of
+// block 1.
+type Genesis struct {
+	District traffic.DistrictID `json:"district"`
+	// Origin is the log's name in checkpoints, C2SP tlog-checkpoint.
+	Origin string `json:"origin"`
+	// LogKey is the log's verifier key in note form (sumdb/note).
+	LogKey string `json:"log_key"`
+	// CreatedUnixMS is when it was agreed; block 1 is later.
+	CreatedUnixMS int64   `json:"created_unix_ms"`
+	Entries       []Entry `json:"entries"`
+}
+
+// ParseGenesis decodes a genesis document, refusing unknown fields.
+func ParseGenesis(b []byte) (*Genesis, error) {
+	var g Genesis
+	if err := strict(b, &g); err != nil {
+		return nil, fmt.Errorf("genesis: %w", err)
+	}
+	return &g, nil
+}
+
+func strict(b []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return err
+	}
+	if d.More() {
+		return errors.New("data after the end of the document")
+	}
+	return nil
+}
+
+// Holder is who a key belongs to.
+type Holder struct {
+	Type   EntryType
+	ID     string
+	Status Status
+	Key    ed25519.PublicKey
+	// Kinds that the holder may sign.
+	Kinds []RecordKind
+}
+
+// May reports whether the holder may sign records of kind k.
+func (h Holder) May(k RecordKind) bool { return slices.Contains(h.Kinds, k) }
+
+type nonceKey struct {
+	key   KeyID
+	nonce uint64
+}
+
+// Registry is the deterministic state that all validators hold alike. It is not
+// safe for concurrent use while [Registry.Apply] runs; readers take
+// [Registry.Clone] or their own lock.
+type Registry struct {
+	district   traffic.DistrictID
+	version    uint64
+	entries    map[string]Entry // by type, NUL, id
+	holders    map[KeyID]Holder
+	devices    map[traffic.DeviceID]Device
+	junctions  map[traffic.JunctionID]*traffic.Junction
+	validators map[uint64]Validator
+	nonces     map[nonceKey]bool
+	tree       *merkle.Tree // nil until asked for after a change
+	order      []string
+}
+
+// NewRegistry returns the state that a genesis document describes.
+func NewRegistry(g *Genesis) (*Registry, error) {
+	r := &Registry{
+		district: g.District, entries: map[string]Entry{}, holders: map[KeyID]Holder{},
+		devices: map[traffic.DeviceID]Device{}, junctions: map[traffic.JunctionID]*traffic.Junction{},
+		validators: map[uint64]Validator{}, nonces: map[nonceKey]bool{},
+	}
+	if g.District == "" {
+		return nil, errors.New("genesis: district: must not be empty")
+	}
+	var errs []error
+	// Junctions come first: a device names one.
+	for _, pass := range []bool{true, false} {
+		for i, e := range g.Entries {
+			if (e.Type == TypeJunction) != pass {
+				continue
+			}
+			if err := r.put(0, e.Type, e.ID, e.Body); err != nil {
+				errs = append(errs, fmt.Errorf("genesis: entries[%d]: %w", i, err))
+			}
+		}
+	}
+	if len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	return r, nil
+}
+
+// Clone returns a copy that can be changed without changing r.
+func (r *Registry) Clone() *Registry {
+	c := *r
+	c.entries, c.holders = maps.Clone(r.entries), maps.Clone(r.holders)
+	c.devices, c.junctions = maps.Clone(r.devices), maps.Clone(r.junctions)
+	c.validators, c.nonces = maps.Clone(r.validators), maps.Clone(r.nonces)
+	return &c
+}
+
+// District returns the district that the registry is of.
+func (r *Registry) District() traffic.DistrictID { return r.district }
+
+// Version counts the changes since genesis.
+func (r *Registry) Version() uint64 { return r.version }
+
+// Holder returns who a key belongs to, revoked holders included.
+func (r *Registry) Holder(k KeyID) (Holder, bool) {
+	h, ok := r.holders[k]
+	return h, ok
+}
+
+// Device returns a device's entry; its status is with its [Holder].
+func (r *Registry) Device(id traffic.DeviceID) (Device, bool) {
+	d, ok := r.devices[id]
+	return d, ok
+}
+
+// Junction returns the definition in force. Callers must not change it.
+func (r *Registry) Junction(id traffic.JunctionID) (*traffic.Junction, bool) {
+	j, ok := r.junctions[id]
+	return j, ok
+}
+
+// Junctions returns all definitions, ordered by id.
+func (r *Registry) Junctions() []*traffic.Junction {
+	return slices.SortedFunc(maps.Values(r.junctions), func(a, b *traffic.Junction) int {
+		return strings.Compare(string(a.ID), string(b.ID))
+	})
+}
+
+// Validators returns the active validators, ordered by number.
+func (r *Registry) Validators() []Validator {
+	return slices.SortedFunc(maps.Values(r.validators), func(a, b Validator) int {
+		return int(a.Number) - int(b.Number)
+	})
+}
+
+// Entry returns one entry.
+func (r *Registry) Entry(t EntryType, id string) (Entry, bool) {
+	e, ok := r.entries[entryKey(t, id)]
+	return e, ok
+}
+
+// Apply checks a change against the state and, if every rule is met, carries it
+// out; otherwise the state is as before. signer must be the verified signer of
+// the record, height the block that holds it.
+func (r *Registry) Apply(height uint64, signer KeyID, c Change) error {
+	h, ok := r.holders[signer]
+	switch {
+	case !ok:
+		return kind.Errorf(kind.Denied, "key_id: %s is not in the registry", signer)
+	case h.Status != Active:
+		return kind.Errorf(kind.Denied, "key_id: %s %s is revoked", h.Type, h.ID)
+	case !h.May(KindRegistry):
+		return kind.Errorf(kind.Denied, "key_id: %s %s may not change the registry: the role %q is needed", h.Type, h.ID, Registrar)
+	case c.District != r.district:
+		return kind.Errorf(kind.Invalid, "district: %q, this is %q", c.District, r.district)
+	case r.nonces[nonceKey{signer, c.Nonce}]:
+		return kind.Errorf(kind.Conflict, "nonce: %d was used by this signer before", c.Nonce)
+	}
+	var err error
+	switch c.Action {
+	case "put":
+		err = r.put(height, c.Type, c.ID, c.Body)
+	case "revoke":
+		err = r.revoke(height, c.Type, c.ID)
+	default:
+		err = kind.Errorf(kind.Invalid, "action: %.20q: must be put or revoke", c.Action)
+	}
+	if err != nil {
+		return err
+	}
+	r.nonces[nonceKey{signer, c.Nonce}] = true
+	r.version++
+	return nil
+}
+
+func entryKey(t EntryType, id string) string { return string(t) + "\x00" + id }
+
+func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessage) error {
+	if id == "" || len(id) > 128 || strings.ContainsFunc(id, func(c rune) bool { return c < ' ' }) {
+		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to 128 bytes without control characters", id)
+	}
+	old, exists := r.entries[entryKey(t, id)]
+	replace := t == TypeJunction || t == TypePolicy
+	if exists && (old.Status == Revoked || !replace) {
+		return kind.Errorf(kind.Conflict, "id: %s %q was used before; ids are never used again", t, id)
+	}
+	var key PublicKey
+	var kinds []RecordKind
+	var done func()
+	switch t {
+	case TypeDevice:
+		var d Device
+		if err := parseBody(body, &d); err != nil {
+			return err
+		}
+		j, ok := r.junctions[d.Junction]
+		if !ok {
+			return kind.Errorf(kind.Invalid, "body.junction: %q is not in the registry", d.Junction)
+		}
+		for i, id := range d.Detectors {
+			if _, ok := j.Detector(id); !ok {
+				return kind.Errorf(kind.Invalid, "body.detectors[%d]: %q is not a detector of junction %s", i, id, d.Junction)
+			}
+		}
+		key, kinds = d.Key, []RecordKind{KindFrame}
+		done = func() { r.devices[traffic.DeviceID(id)] = d }
+	case TypeService:
+		var s Service
+		if err := parseBody(body, &s); err != nil {
+			return err
+		}
+		for i, k := range s.Signs {
+			if !k.Valid() || k == KindFrame || k == KindRegistry {
+				return kind.Errorf(kind.Invalid, "body.signs[%d]: a service may not sign %.20q", i, string(k))
+			}
+		}
+		key, kinds = s.Key, s.Signs
+	case TypeOfficial:
+		var o Official
+		if err := parseBody(body, &o); err != nil {
+			return err
+		}
+		if o.Department == "" {
+			return kind.Errorf(kind.Invalid, "body.department: must not be empty")
+		}
+		key, kinds = o.Key, []RecordKind{KindRequest}
+		if slices.Contains(o.Roles, Registrar) {
+			kinds = append(kinds, KindRegistry)
+		}
+	case TypeValidator:
+		var v Validator
+		if err := parseBody(body, &v); err != nil {
+			return err
+		}
+		if v.Number == 0 || strconv.FormatUint(v.Number, 10) != id {
+			return kind.Errorf(kind.Invalid, "body.number: must be positive and equal to the id %q", id)
+		}
+		if len(v.CosignKey) != ed25519.PublicKeySize || bytes.Equal(v.VoteKey, v.CosignKey) {
+			return kind.Errorf(kind.Invalid, "body.cosign_key: must be a key, and not the vote key")
+		}
+		if height != 0 {
+			// The engine's reconfiguration comes with the membership work; until
+			// then a change that could not take effect must not be filed.
+			return kind.Errorf(kind.Invalid, "type: validators can be set in genesis only")
+		}
+		key = v.VoteKey
+		done = func() { r.validators[v.Number] = v }
+	case TypeJunction:
+		j, err := traffic.ParseJunction(body)
+		if err != nil {
+			return kind.Errorf(kind.Invalid, "body: %w", err)
+		}
+		if string(j.ID) != id {
+			return kind.Errorf(kind.Invalid, "body.id: %q, the entry is %q", j.ID, id)
+		}
+		done = func() { r.junctions[j.ID] = j }
+	case TypePolicy:
+		var p Policy
+		if err := parseBody(body, &p); err != nil {
+			return err
+		}
+		if p.Version == "" || p.Controller == "" {
+			return kind.Errorf(kind.Invalid, "body: version and controller must not be empty")
+		}
+	case TypeSoftware:
+		if !json.Valid(body) {
+			return kind.Errorf(kind.Invalid, "body: must be JSON")
+		}
+	default:
+		return kind.Errorf(kind.Invalid, "type: %.20q is unknown", string(t))
+	}
+	if kinds != nil || t == TypeValidator {
+		if len(key) != ed25519.PublicKeySize {
+			return kind.Errorf(kind.Invalid, "body.key: missing")
+		}
+		kid := IDOf(ed25519.PublicKey(key))
+		if h, ok := r.holders[kid]; ok {
+			return kind.Errorf(kind.Conflict, "body.key: %s belongs to %s %q already", kid, h.Type, h.ID)
+		}
+		r.holders[kid] = Holder{Type: t, ID: id, Status: Active, Key: ed25519.PublicKey(key), Kinds: kinds}
+	}
+	if done != nil {
+		done()
+	}
+	r.set(Entry{Type: t, ID: id, Status: Active, Since: height, Body: slices.Clone(body)})
+	return nil
+}
+
+func (r *Registry) revoke(height uint64, t EntryType, id string) error {
+	e, ok := r.entries[entryKey(t, id)]
+	if !ok {
+		return kind.Errorf(kind.NotFound, "id: no %s %.40q", t, id)
+	}
+	if e.Status == Revoked {
+		return kind.Errorf(kind.Conflict, "id: %s %q is revoked already", t, id)
+	}
+	if t != TypeDevice && t != TypeService && t != TypeOfficial {
+		return kind.Errorf(kind.Invalid, "type: a %.20s cannot be revoked", string(t))
+	}
+	for kid, h := range r.holders { // at most one matches, so the order is no matter
+		if h.Type == t && h.ID == id {
+			h.Status = Revoked
+			r.holders[kid] = h
+		}
+	}
+	e.Status, e.Since = Revoked, height
+	r.set(e)
+	return nil
+}
+
+func (r *Registry) set(e Entry) {
+	r.entries[entryKey(e.Type, e.ID)] = e
+	r.tree, r.order = nil, nil
+}
+
+func parseBody(b json.RawMessage, v any) error {
+	if err := strict(b, v); err != nil {
+		return kind.Errorf(kind.Invalid, "body: %w", err)
+	}
+	return nil
+}
+
+func (r *Registry) build() {
+	if r.tree != nil {
+		return
+	}
+	order := make([]string, 0, len(r.entries))
+	for k := range r.entries {
+		order = append(order, k)
+	}
+	sort.Strings(order)
+	leaves := make([][]byte, len(order))
+	for i, k := range order {
+		leaves[i] = r.entries[k].Marshal()
+	}
+	r.order, r.tree = order, merkle.New(leaves)
+}
+
+// Hash returns the state's hash: the RFC 6962 root over all entries, each in the
+// form of [Entry.Marshal], ordered by type and id. It also covers what decides
+// whether a later change is valid, but for used nonces, which every holder of
+// the blocks can recompute.
+func (r *Registry) Hash() merkle.Hash {
+	r.build()
+	return r.tree.Root()
+}
+
+// Excerpt is one entry with the proof that it is in a state with a given hash.
+type Excerpt struct {
+	Entry []byte        `json:"entry"`
+	Index int64         `json:"index"`
+	Size  int64         `json:"size"`
+	Proof []merkle.Hash `json:"proof"`
+}
+
+// Prove returns the excerpt of one entry.
+func (r *Registry) Prove(t EntryType, id string) (Excerpt, error) {
+	r.build()
+	k := entryKey(t, id)
+	i, ok := slices.BinarySearch(r.order, k)
+	if !ok {
+		return Excerpt{}, kind.Errorf(kind.NotFound, "registry: no %s %q", t, id)
+	}
+	p, err := r.tree.Prove(int64(i))
+	if err != nil {
+		return Excerpt{}, err
+	}
+	return Excerpt{Entry: r.entries[k].Marshal(), Index: int64(i), Size: r.tree.Len(), Proof: p}, nil
+}
+
+// Check verifies the excerpt against a registry hash and returns its entry.
+func (x Excerpt) Check(hash merkle.Hash) (Entry, error) {
+	if err := merkle.Check(x.Proof, x.Size, hash, x.Index, x.Entry); err != nil {
+		return Entry{}, fmt.Errorf("registry excerpt: %w", err)
+	}
+	return ParseEntry(x.Entry)
+}
+
+// Keys returns the public keys that an entry holds: one for most, the vote key
+// and the cosigning key for a validator, none for a junction.
+func (e Entry) Keys() ([]ed25519.PublicKey, error) {
+	var keys []PublicKey
+	var err error
+	switch e.Type {
+	case TypeDevice:
+		var d Device
+		err = parseBody(e.Body, &d)
+		keys = []PublicKey{d.Key}
+	case TypeService:
+		var s Service
+		err = parseBody(e.Body, &s)
+		keys = []PublicKey{s.Key}
+	case TypeOfficial:
+		var o Official
+		err = parseBody(e.Body, &o)
+		keys = []PublicKey{o.Key}
+	case TypeValidator:
+		var v Validator
+		err = parseBody(e.Body, &v)
+		keys = []PublicKey{v.VoteKey, v.CosignKey}
+	}
+	if err != nil {
+		return nil, err
+	}
+	out := make([]ed25519.PublicKey, len(keys))
+	for i, k := range keys {
+		out[i] = ed25519.PublicKey(k)
+	}
+	return out, nil
+}
+
+// ParseChange decodes a change from the JSON payload of a registry record.
+func ParseChange(b []byte) (Change, error) {
+	var c Change
+	if err := strict(b, &c); err != nil {
+		return Change{}, kind.Errorf(kind.Invalid, "registry change: %w", err)
+	}
+	return c, nil
+}

@@ -1,0 +1,334 @@
+// Package wire turns protobuf and JSON into the types of pkg and back. It is
+// the only place below the edges that knows the generated code.
+//
+// Decoding refuses what it does not know: unknown JSON fields, unknown protobuf
+// fields, values out of the range of their type. What a signer meant by a field
+// that we do not understand is not ours to guess.
+package wire
+
+import (
+	"fmt"
+	"math"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/kind"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/pkg/validate"
+)
+
+// marshal encodes a message of ours; that cannot fail but for invalid UTF-8,
+// which the decoders below keep out.
+func marshal(m proto.Message) []byte {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		panic(fmt.Sprintf("wire: encode %T: %v", m, err))
+	}
+	return b
+}
+
+// Decode decodes a message from a payload of the given content type.
+func Decode(contentType string, payload []byte, m proto.Message) error {
+	var err error
+	switch contentType {
+	case identity.Protobuf:
+		err = proto.UnmarshalOptions{RecursionLimit: 16}.Unmarshal(payload, m)
+		if err == nil {
+			err = unknown(m.ProtoReflect())
+		}
+	case identity.JSON:
+		err = protojson.UnmarshalOptions{RecursionLimit: 16}.Unmarshal(payload, m)
+	default:
+		err = fmt.Errorf("content_type %.60q: must be %s or %s", contentType, identity.Protobuf, identity.JSON)
+	}
+	if err != nil {
+		return kind.Errorf(kind.Invalid, "%s: %w", m.ProtoReflect().Descriptor().Name(), err)
+	}
+	return nil
+}
+
+// unknown refuses fields that the schema does not have, at any depth.
+func unknown(m protoreflect.Message) error {
+	if u := m.GetUnknown(); len(u) > 0 {
+		return fmt.Errorf("%d bytes of unknown fields", len(u))
+	}
+	var err error
+	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		if f.Kind() != protoreflect.MessageKind {
+			return true
+		}
+		if f.IsList() {
+			for i := 0; i < v.List().Len() && err == nil; i++ {
+				if e := unknown(v.List().Get(i).Message()); e != nil {
+					err = fmt.Errorf("%s[%d]: %w", f.Name(), i, e)
+				}
+			}
+		} else if e := unknown(v.Message()); e != nil {
+			err = fmt.Errorf("%s: %w", f.Name(), e)
+		}
+		return err == nil
+	})
+	return err
+}
+
+// FrameToProto returns the wire form of a frame.
+func FrameToProto(f *traffic.Frame) *pb.Frame {
+	m := &pb.Frame{
+		District: string(f.District), Junction: string(f.Junction), Device: string(f.Device),
+		BootEpoch: f.BootEpoch, Seq: f.Seq, TimeUnixNano: f.Time.UnixNano(),
+		IntervalMs: uint32(f.Interval.Milliseconds()), Signal: SignalToProto(f.Signal),
+	}
+	if f.Prev != [32]byte{} {
+		m.Prev = f.Prev[:]
+	}
+	for _, r := range f.Readings {
+		m.Readings = append(m.Readings, &pb.Reading{
+			Detector: string(r.Detector), Count: r.Count, OccupancyPermille: r.OccupancyPermille, SpeedCms: r.SpeedCMS,
+			Vehicles: r.Vehicles, Halted: r.Halted, HeadWaitMs: r.HeadWaitMS, Priority: uint32(r.Priority),
+		})
+	}
+	for _, e := range f.Events {
+		m.Events = append(m.Events, &pb.Event{Code: uint32(e.Code), Param: uint32(e.Param), OffsetMs: e.OffsetMS})
+	}
+	for _, r := range f.Results {
+		m.Results = append(m.Results, ResultToProto(r))
+	}
+	return m
+}
+
+// EncodeFrame returns the protobuf payload of a frame.
+func EncodeFrame(f *traffic.Frame) []byte { return marshal(FrameToProto(f)) }
+
+// SignalToProto returns the wire form of a signal.
+func SignalToProto(s traffic.Signal) *pb.Signal {
+	return &pb.Signal{State: string(s.State), Stage: int32(s.Stage), SinceMs: uint64(max(s.SinceMS, 0)), Mode: string(s.Mode), Trip: s.Trip}
+}
+
+// SignalFromProto is the reverse of [SignalToProto].
+func SignalFromProto(s *pb.Signal) traffic.Signal {
+	return traffic.Signal{
+		State: traffic.State(s.GetState()), Stage: int(s.GetStage()),
+		SinceMS: int64(min(s.GetSinceMs(), math.MaxInt64)), Mode: traffic.Mode(s.GetMode()), Trip: s.GetTrip(),
+	}
+}
+
+// ResultToProto returns the wire form of a command's result.
+func ResultToProto(r traffic.CommandResult) *pb.CommandResult {
+	return &pb.CommandResult{Seq: r.Seq, Applied: r.Applied, Reason: r.Reason}
+}
+
+// ResultFromProto is the reverse of [ResultToProto].
+func ResultFromProto(r *pb.CommandResult) traffic.CommandResult {
+	return traffic.CommandResult{Seq: r.GetSeq(), Applied: r.GetApplied(), Reason: r.GetReason()}
+}
+
+func outOf(field string, v any, limit any) error {
+	return kind.Errorf(kind.Invalid, "%s: %v is more than its type allows, %v", field, v, limit)
+}
+
+// DecodeFrame decodes a frame's payload. Errors name the field and the rule.
+func DecodeFrame(contentType string, payload []byte) (*traffic.Frame, error) {
+	var m pb.Frame
+	if err := Decode(contentType, payload, &m); err != nil {
+		return nil, err
+	}
+	f := &traffic.Frame{
+		District: traffic.DistrictID(m.District), Junction: traffic.JunctionID(m.Junction),
+		FrameKey: traffic.FrameKey{Device: traffic.DeviceID(m.Device), BootEpoch: m.BootEpoch, Seq: m.Seq},
+		Time:     time.Unix(0, m.TimeUnixNano).UTC(), Interval: time.Duration(m.IntervalMs) * time.Millisecond,
+		Signal: SignalFromProto(m.Signal),
+	}
+	switch len(m.Prev) {
+	case 0:
+	case 32:
+		f.Prev = [32]byte(m.Prev)
+	default:
+		return nil, kind.Errorf(kind.Invalid, "prev: %d bytes, must be none or 32", len(m.Prev))
+	}
+	f.Readings = make([]traffic.Reading, len(m.Readings))
+	for i, r := range m.Readings {
+		if r.Priority > math.MaxUint8 {
+			return nil, outOf(fmt.Sprintf("readings[%d].priority", i), r.Priority, math.MaxUint8)
+		}
+		f.Readings[i] = traffic.Reading{
+			Detector: traffic.DetectorID(r.Detector), Count: r.Count, OccupancyPermille: r.OccupancyPermille, SpeedCMS: r.SpeedCms,
+			Vehicles: r.Vehicles, Halted: r.Halted, HeadWaitMS: r.HeadWaitMs, Priority: traffic.Priority(r.Priority),
+		}
+	}
+	for i, e := range m.Events {
+		if e.Code > math.MaxUint16 {
+			return nil, outOf(fmt.Sprintf("events[%d].code", i), e.Code, math.MaxUint16)
+		}
+		if e.Param > math.MaxUint16 {
+			return nil, outOf(fmt.Sprintf("events[%d].param", i), e.Param, math.MaxUint16)
+		}
+		f.Events = append(f.Events, traffic.Event{Code: uint16(e.Code), Param: uint16(e.Param), OffsetMS: e.OffsetMs})
+	}
+	for _, r := range m.Results {
+		f.Results = append(f.Results, ResultFromProto(r))
+	}
+	return f, nil
+}
+
+// EncodeCommand returns the protobuf payload of a command.
+func EncodeCommand(c *traffic.Command) []byte {
+	return marshal(&pb.Command{
+		District: string(c.District), Junction: string(c.Junction), Seq: c.Seq, Height: c.Height,
+		RestsOn: &pb.FrameKey{Device: string(c.RestsOn.Device), BootEpoch: c.RestsOn.BootEpoch, Seq: c.RestsOn.Seq},
+		Policy:  c.Policy, PolicyVersion: c.PolicyVersion, Controller: c.Controller, ControllerVersion: c.ControllerVersion,
+		IssuedUnixNano: c.Issued.UnixNano(), ExpiresUnixNano: c.Expires.UnixNano(), Stage: uint32(c.Stage), Rule: c.Rule,
+	})
+}
+
+// DecodeCommand decodes a command's payload.
+func DecodeCommand(contentType string, payload []byte) (*traffic.Command, error) {
+	var m pb.Command
+	if err := Decode(contentType, payload, &m); err != nil {
+		return nil, err
+	}
+	if m.Stage > math.MaxInt16 {
+		return nil, outOf("stage", m.Stage, math.MaxInt16)
+	}
+	return &traffic.Command{
+		District: traffic.DistrictID(m.District), Junction: traffic.JunctionID(m.Junction), Seq: m.Seq, Height: m.Height,
+		RestsOn: traffic.FrameKey{Device: traffic.DeviceID(m.RestsOn.GetDevice()), BootEpoch: m.RestsOn.GetBootEpoch(), Seq: m.RestsOn.GetSeq()},
+		Policy:  m.Policy, PolicyVersion: m.PolicyVersion, Controller: m.Controller, ControllerVersion: m.ControllerVersion,
+		Issued: time.Unix(0, m.IssuedUnixNano).UTC(), Expires: time.Unix(0, m.ExpiresUnixNano).UTC(),
+		Stage: int(m.Stage), Rule: m.Rule,
+	}, nil
+}
+
+// DecodeChange decodes the payload of a registry record: JSON in the form of
+// [identity.Change], or the protobuf message.
+func DecodeChange(contentType string, payload []byte) (identity.Change, error) {
+	if contentType == identity.JSON {
+		return identity.ParseChange(payload)
+	}
+	var m pb.RegistryChange
+	if err := Decode(contentType, payload, &m); err != nil {
+		return identity.Change{}, err
+	}
+	return identity.Change{
+		District: traffic.DistrictID(m.District), Action: m.Action, Type: identity.EntryType(m.Type),
+		ID: m.Id, Body: m.Body, Nonce: m.Nonce,
+	}, nil
+}
+
+// EncodeBatch returns a batch's bytes, which name it: see [ledger.RequestID].
+func EncodeBatch(b *pb.Batch) []byte { return marshal(b) }
+
+// DecodeBatch decodes a batch.
+func DecodeBatch(b []byte) (*pb.Batch, error) {
+	var m pb.Batch
+	if err := Decode(identity.Protobuf, b, &m); err != nil {
+		return nil, err
+	}
+	for i, r := range m.Records {
+		if len(r.Salt) != len(ledger.Salt{}) {
+			return nil, kind.Errorf(kind.Invalid, "batch: records[%d].salt: %d bytes, must be 32", i, len(r.Salt))
+		}
+	}
+	return &m, nil
+}
+
+// Candidate decodes one record as far as it can be; what stops it is in Err.
+// It shares memory with raw. salt must be 32 bytes.
+func Candidate(raw, salt []byte) validate.Candidate {
+	c := validate.Candidate{Raw: raw, Salt: ledger.Salt(salt)}
+	c.Envelope, c.Err = identity.ParseEnvelope(raw)
+	if c.Err != nil {
+		return c
+	}
+	e := c.Envelope
+	switch e.Kind {
+	case identity.KindFrame:
+		c.Frame, c.Err = DecodeFrame(e.ContentType, e.Payload)
+	case identity.KindCommand:
+		c.Command, c.Err = DecodeCommand(e.ContentType, e.Payload)
+	case identity.KindRegistry:
+		var ch identity.Change
+		if ch, c.Err = DecodeChange(e.ContentType, e.Payload); c.Err == nil {
+			c.Change = &ch
+		}
+	default:
+		// The kind is known and its payload is not read yet; rules about who may
+		// sign it still hold.
+	}
+	return c
+}
+
+// Candidates decodes the records of a batch.
+func Candidates(b *pb.Batch) []validate.Candidate {
+	out := make([]validate.Candidate, len(b.Records))
+	for i, r := range b.Records {
+		out[i] = Candidate(r.Envelope, r.Salt)
+	}
+	return out
+}
+
+// VerifySignatures fills SignatureValid of every candidate whose envelope could
+// be parsed and whose signer the registry knows, in one batch.
+func VerifySignatures(v *identity.Verifier, reg *identity.Registry, cs []validate.Candidate) {
+	at := make([]int, 0, len(cs))
+	for i := range cs {
+		e := cs[i].Envelope
+		h, ok := reg.Holder(e.Key)
+		if !ok || len(e.Signature) == 0 {
+			continue
+		}
+		v.Add(h.Key, identity.SigningInput(e.Kind, e.ContentType, e.Payload), e.Signature)
+		at = append(at, i)
+	}
+	for k, ok := range v.Flush() {
+		cs[at[k]].SignatureValid = ok
+	}
+}
+
+// BlockToProto returns the wire form of a block; batches and verdicts may be
+// nil where the payload is gone.
+func BlockToProto(b *ledger.Block, batches [][]byte, verdicts ledger.Verdicts) *pb.Block {
+	m := &pb.Block{
+		Header: b.Header.Marshal(), Leaves: ledger.MarshalLeaves(b.Leaves), Metadata: b.Metadata,
+		Batches: batches, Verdicts: verdicts,
+	}
+	for _, v := range b.Votes {
+		m.Votes = append(m.Votes, &pb.VoteSignature{Validator: v.Validator, Signature: v.Signature})
+	}
+	return m
+}
+
+// BlockFromProto is the reverse of [BlockToProto]. It checks the form only; see
+// [ledger.Block.Check].
+func BlockFromProto(m *pb.Block) (*ledger.Block, error) {
+	h, err := ledger.ParseHeader(m.Header)
+	if err != nil {
+		return nil, kind.Errorf(kind.Invalid, "block: %w", err)
+	}
+	leaves, err := ledger.ParseLeaves(m.Leaves)
+	if err != nil {
+		return nil, kind.Errorf(kind.Invalid, "block %d: %w", h.Height, err)
+	}
+	b := &ledger.Block{Header: h, Leaves: leaves, Metadata: m.Metadata}
+	for _, v := range m.Votes {
+		b.Votes = append(b.Votes, ledger.Vote{Validator: v.Validator, Signature: v.Signature})
+	}
+	return b, nil
+}
+
+// EncodeBlock returns a block's bytes.
+func EncodeBlock(m *pb.Block) []byte { return marshal(m) }
+
+// DecodeBlock decodes a block's bytes.
+func DecodeBlock(b []byte) (*pb.Block, error) {
+	var m pb.Block
+	if err := Decode(identity.Protobuf, b, &m); err != nil {
+		return nil, err
+	}
+	return &m, nil
+}
