@@ -18,13 +18,7 @@ type stopwatch struct {
 func (s *stopwatch) step(now time.Time, f fault) int64 {
 	raw := now.Sub(s.last)
 	s.last = now
-	if f == faultBackwards && raw < 0 {
-		raw = -raw
-	}
-	if raw < 0 {
-		raw = 0
-	}
-	bounded := min(raw, time.Second)
+	bounded := min(max(raw, 0), time.Second)
 	ordinary := time.Duration(0)
 	for _, d := range s.steps {
 		ordinary = max(ordinary, d)
@@ -32,8 +26,11 @@ func (s *stopwatch) step(now time.Time, f fault) int64 {
 	s.steps[s.at] = bounded
 	s.at = (s.at + 1) % window
 	counted := min(bounded, ordinary)
-	if f == faultJumpCounts {
+	switch {
+	case f == faultJumpCounts && raw > 0:
 		counted = raw
+	case f == faultBackwards && raw < 0:
+		counted = -raw
 	}
 	s.carry += counted
 	ms := int64(s.carry / time.Millisecond)

@@ -481,12 +481,11 @@ func (m *Monitor) flash(t *track) {
 		}
 		return
 	}
-	cleared := true
+	cleared := true // before this step, so that the red is seen
 	for i, a := range t.show {
 		g := &m.groups[i]
+		cleared = cleared && a == traffic.Red && (t.age[i] >= g.allRed || m.is(faultEarlyFlash))
 		switch {
-		case a == traffic.FlashRed:
-			continue
 		case a.Go() && g.ped && g.clear > 0:
 			m.set(t, i, traffic.PedClear)
 		case a.Go() && g.ped, a == traffic.RedYellow, a.Go() && m.is(faultTripSkipsYellow):
@@ -496,7 +495,6 @@ func (m *Monitor) flash(t *track) {
 		case (a == traffic.Yellow || a == traffic.PedClear) && t.age[i] >= m.clear(i):
 			m.set(t, i, traffic.Red)
 		}
-		cleared = cleared && t.show[i] == traffic.Red && (t.age[i] >= g.allRed || m.is(faultEarlyFlash))
 	}
 	if cleared {
 		for i := range t.show {
