@@ -332,3 +332,6 @@ func DecodeBlock(b []byte) (*pb.Block, error) {
 	}
 	return &m, nil
 }
+
+// EncodeStatus returns a status message's bytes.
+func EncodeStatus(m *pb.Status) []byte { return marshal(m) }

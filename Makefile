@@ -1,0 +1,42 @@
+# Stopline. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+
+.PHONY: help build demo test race check gen bench fuzz clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+build: ## build bin/stopline
+	CGO_ENABLED=0 go build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/stopline ./services/cmd/stopline
+
+demo: build ## run the built-in city, everything in one process; Ctrl-C ends it
+	bin/stopline demo
+
+test: ## run all tests
+	go test -timeout 10m ./api/... ./pkg/... ./services/...
+
+race: ## run all tests with the race detector
+	go test -race -timeout 20m ./api/... ./pkg/... ./services/...
+
+check: ## format, vet, lint, module and generated-code checks
+	@test -z "$$(gofmt -l api pkg services)" || { gofmt -l api pkg services; echo "run gofmt -w on these"; exit 1; }
+	go vet ./api/... ./pkg/... ./services/...
+	go run $(GOLANGCI) run ./api/... ./pkg/... ./services/...
+	@for m in api pkg services; do (cd $$m && GOWORK=off go build ./...) || exit 1; done
+
+gen: ## regenerate api/ from the .proto files
+	cd api && GOWORK=off go tool -modfile=buf.mod buf lint && GOWORK=off go tool -modfile=buf.mod buf generate
+
+bench: build ## run the benchmarks; figures of one run are comparable with each other
+	go test -run '^$$' -bench . -benchtime 1s ./pkg/... ./services/...
+
+fuzz: ## fuzz every parser of outside bytes, 20 s each
+	@for m in pkg services; do for p in $$(cd $$m && go list ./...); do \
+	  for f in $$(cd $$m && go test -list '^Fuzz' $$p 2>/dev/null | grep '^Fuzz'); do \
+	    echo "== $$p $$f"; (cd $$m && go test -run '^$$' -fuzz "^$$f$$" -fuzztime 20s $$p) || exit 1; done; done; done
+
+clean: ## remove what was built
+	rm -rf bin

@@ -1,0 +1,201 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/district"
+)
+
+var enrolCommand = command{
+	name:     "enrol",
+	synopsis: "stopline enrol --data DIR --junction ID --device ID [--public-key FILE | --key FILE] [--url URL]\nstopline enrol --data DIR --device ID --revoke [--url URL]",
+	summary:  "give a device key to a running demo's registry, or take it back",
+	manual: `Files a device in the registry of the district in DIR, so that frames signed
+with its key are accepted. The record is signed with the registrar's key of
+that district, sent to the running demo, agreed by its validators, and in force
+from the block after the one that holds it; enrol waits until then.
+
+The device's key is made on the device and never leaves it: give its public
+half with --public-key (PEM, as openssl pkey -pubout writes it, or 64 hex
+digits). For trying things out, --key makes a key (or reads the one that is
+there) and stores its seed in FILE as 64 hex digits.
+
+--revoke retires the device. Its id is never used again.`,
+	flags: func(fs *flag.FlagSet) func(context.Context, []string, streams) error {
+		data := fs.String("data", "", "data folder `DIR` of the running demo; holds the registrar's key")
+		url := fs.String("url", "http://127.0.0.1:8080", "address `URL` of the running demo")
+		junction := fs.String("junction", "", "junction `ID` that the device is at")
+		device := fs.String("device", "", "device `ID`, not used before")
+		public := fs.String("public-key", "", "`FILE` with the device's public key, PEM or 64 hex digits")
+		key := fs.String("key", "", "`FILE` with the device's private key; made if it is not there")
+		revoke := fs.Bool("revoke", false, "retire the device instead")
+		asJSON := fs.Bool("json", false, "print one JSON object")
+		wait := fs.Duration("wait", 10*time.Second, "how long to wait until the record is in force")
+		return func(ctx context.Context, args []string, s streams) error {
+			if len(args) > 0 || *data == "" || *device == "" {
+				return usageError("enrol: --data and --device are needed, and no arguments")
+			}
+			if !*revoke && (*junction == "" || (*public == "") == (*key == "")) {
+				return usageError("enrol: --junction and either --public-key or --key are needed")
+			}
+			d, err := district.Load(*data)
+			if err != nil {
+				return err
+			}
+			c := identity.Change{District: d.Genesis.District, Action: "revoke", Type: identity.TypeDevice, ID: *device}
+			var pub ed25519.PublicKey
+			if !*revoke {
+				if pub, err = deviceKey(*public, *key); err != nil {
+					return err
+				}
+				c.Action = "put"
+				if c.Body, err = json.Marshal(identity.Device{Junction: traffic.JunctionID(*junction), Key: identity.PublicKey(pub)}); err != nil {
+					return err
+				}
+			}
+			var nonce [8]byte
+			if _, err := rand.Read(nonce[:]); err != nil {
+				return err
+			}
+			// Below 2⁵³, so that JSON tools that know only doubles keep it whole.
+			c.Nonce = binary.BigEndian.Uint64(nonce[:]) >> 11
+			registrar, err := d.Key(district.RegistrarKey)
+			if err != nil {
+				return err
+			}
+			payload, err := json.Marshal(c)
+			if err != nil {
+				return err
+			}
+			e := identity.Sign(registrar, identity.KindRegistry, identity.JSON, payload)
+			ctx, cancel := context.WithTimeout(ctx, *wait)
+			defer cancel()
+			if err := post(ctx, *url+"/v1/records", e.Marshal()); err != nil {
+				return err
+			}
+			want := identity.Active
+			if *revoke {
+				want = identity.Revoked
+			}
+			if err := inForce(ctx, *url, *device, want); err != nil {
+				return err
+			}
+			out := map[string]any{"device": *device, "district": d.Genesis.District, "status": want}
+			if pub != nil {
+				out["key_id"], out["junction"] = identity.IDOf(pub), *junction
+			}
+			if *asJSON {
+				return json.NewEncoder(s.out).Encode(out)
+			}
+			if *revoke {
+				_, err = fmt.Fprintf(s.out, "device %s is revoked\n", *device)
+			} else {
+				_, err = fmt.Fprintf(s.out, "device %s of junction %s is in the registry\nkey id  %s\n", *device, *junction, identity.IDOf(pub))
+			}
+			return err
+		}
+	},
+}
+
+func deviceKey(public, private string) (ed25519.PublicKey, error) {
+	if public != "" {
+		b, err := os.ReadFile(public)
+		if err != nil {
+			return nil, err
+		}
+		return parsePublic(public, b)
+	}
+	k, err := district.ReadKey(private)
+	if errors.Is(err, os.ErrNotExist) {
+		if _, k, err = ed25519.GenerateKey(nil); err == nil {
+			err = district.WriteKey(private, k)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return k.Public().(ed25519.PublicKey), nil
+}
+
+func parsePublic(name string, b []byte) (ed25519.PublicKey, error) {
+	if p, _ := pem.Decode(b); p != nil {
+		k, err := x509.ParsePKIXPublicKey(p.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		e, ok := k.(ed25519.PublicKey)
+		if !ok {
+			return nil, fmt.Errorf("%s: is a %T, an Ed25519 key is needed", name, k)
+		}
+		return e, nil
+	}
+	k, err := hex.DecodeString(strings.TrimSpace(string(b)))
+	if err != nil || len(k) != ed25519.PublicKeySize {
+		return nil, fmt.Errorf("%s: must be PEM or %d hex digits", name, 2*ed25519.PublicKeySize)
+	}
+	return k, nil
+}
+
+// post sends an envelope and turns anything but a receipt into an error with
+// the server's own words.
+func post(ctx context.Context, url string, envelope []byte) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(envelope))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", identity.Protobuf)
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return fmt.Errorf("is the demo running? %w", err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(res.Body, 1<<16))
+	if err != nil {
+		return err
+	}
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answered %s: %s", url, res.Status, bytes.TrimSpace(body))
+	}
+	return nil
+}
+
+func inForce(ctx context.Context, url, device string, want identity.Status) error {
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/v1/registry/device/"+device, nil)
+		if err != nil {
+			return err
+		}
+		if res, err := http.DefaultClient.Do(req); err == nil {
+			var e identity.Entry
+			err = json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&e)
+			_ = res.Body.Close() // read to its end or given up
+			if err == nil && res.StatusCode == http.StatusOK && e.Status == want {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the record was stored, but device %s is not %s in the registry yet; it may have been refused: see the quarantine counts, and whether the id was used before", device, want)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+

@@ -1,0 +1,452 @@
+// Package gateway shows a district to people: one page with junctions, live
+// signal states and blocks, the same as JSON, and server-sent events.
+//
+// It follows decided blocks and seals like any outsider could and believes only
+// what a quorum signed. What it holds is a view that is lost with the process
+// and comes back from the subjects. Agencies' gRPC and REST access, with
+// purposes and receipts, is built on top of this.
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"embed"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/bus"
+	"github.com/stopline-traffic/stopline/services/internal/decided"
+	"github.com/stopline-traffic/stopline/services/internal/run"
+	"github.com/stopline-traffic/stopline/services/internal/wire"
+)
+
+//go:embed page
+var pageFiles embed.FS
+
+// Config says what the gateway shows.
+type Config struct {
+	Bus      *bus.Bus
+	District traffic.DistrictID
+	// Registry in force when the gateway starts; it follows changes by itself.
+	Registry *identity.Registry
+	// Follow says from where and whom to follow decided blocks.
+	Follow decided.Config
+	// Now is the district's clock. Optional: time.Now.
+	Now func() time.Time
+	// Logger is optional.
+	Logger *slog.Logger
+}
+
+// keepBlocks is how many of the newest blocks the page shows.
+const keepBlocks = 12
+
+// Gateway holds the live view.
+type Gateway struct {
+	cfg Config
+	log *slog.Logger
+
+	mu sync.Mutex // guards all below
+	// registry in force after the newest block.
+	registry  *identity.Registry
+	junctions map[traffic.JunctionID]*junctionView
+	blocks    []BlockView
+	sealed    SealView
+	counts    Counts
+	started   time.Time
+	agreed    latencies
+	sealing   latencies
+	unsealed  []pending
+	waiters   chan struct{} // closed and replaced at each change
+}
+
+// pending is a frame that has been agreed and waits for its seal.
+type pending struct {
+	index uint64
+	at    time.Time
+}
+
+// Counts of what went by since the gateway started.
+type Counts struct {
+	Frames   uint64 `json:"frames"`
+	Readings uint64 `json:"readings"`
+	Commands uint64 `json:"commands"`
+	Applied  uint64 `json:"applied"`
+	Refused  uint64 `json:"refused"`
+	Blocks   uint64 `json:"blocks"`
+	Trips    uint64 `json:"trips"`
+	// Rejected records were in a decided block with a verdict against them.
+	Rejected uint64 `json:"rejected"`
+}
+
+// BlockView is one decided block.
+type BlockView struct {
+	Height  uint64    `json:"height"`
+	Time    time.Time `json:"time"`
+	Records int       `json:"records"`
+	Size    uint64    `json:"size"`
+	Root    string    `json:"root"`
+	Votes   []uint64  `json:"votes"`
+}
+
+// SealView is the newest sealed checkpoint.
+type SealView struct {
+	Height uint64    `json:"height"`
+	Size   uint64    `json:"size"`
+	Time   time.Time `json:"time"`
+}
+
+type junctionView struct {
+	ID       traffic.JunctionID `json:"id"`
+	Name     string             `json:"name"`
+	LatE6    int64              `json:"lat_e6"`
+	LonE6    int64              `json:"lon_e6"`
+	Signal   traffic.Signal     `json:"signal"`
+	Stage    string             `json:"stage"`
+	Groups   []string           `json:"groups"`
+	Vehicles uint32             `json:"vehicles"`
+	Halted   uint32             `json:"halted"`
+	At       time.Time          `json:"at"`
+	// Command is the newest sealed-in command and its place in the log.
+	Rule     string `json:"rule"`
+	Evidence uint64 `json:"evidence"`
+	Height   uint64 `json:"height"`
+}
+
+// Latency in milliseconds since the reading's own time.
+type Latency struct {
+	AgreedP50 float64 `json:"agreed_p50"`
+	AgreedP99 float64 `json:"agreed_p99"`
+	SealedP50 float64 `json:"sealed_p50"`
+	SealedP99 float64 `json:"sealed_p99"`
+}
+
+// View is everything that the page shows.
+type View struct {
+	District  traffic.DistrictID `json:"district"`
+	Time      time.Time          `json:"time"`
+	Junctions []junctionView     `json:"junctions"`
+	Blocks    []BlockView        `json:"blocks"`
+	Sealed    SealView           `json:"sealed"`
+	Counts    Counts             `json:"counts"`
+	LatencyMS Latency            `json:"latency_ms"`
+}
+
+// New returns a gateway that has seen nothing yet.
+func New(c Config) (*Gateway, error) {
+	if c.Bus == nil || c.Registry == nil || c.District == "" {
+		return nil, fmt.Errorf("gateway: bus, registry and district are needed")
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	g := &Gateway{cfg: c, log: c.Logger, registry: c.Registry.Clone(), junctions: map[traffic.JunctionID]*junctionView{},
+		waiters: make(chan struct{}), started: c.Now()}
+	for _, j := range c.Registry.Junctions() {
+		g.junctions[j.ID] = newJunctionView(j)
+	}
+	return g, nil
+}
+
+func newJunctionView(j *traffic.Junction) *junctionView {
+	v := &junctionView{ID: j.ID, Name: j.Name, LatE6: j.LatE6, LonE6: j.LonE6, Signal: traffic.Signal{Stage: -1}}
+	for _, g := range j.Groups {
+		v.Groups = append(v.Groups, g.Name)
+	}
+	return v
+}
+
+// Run follows decisions and seals until ctx ends.
+func (g *Gateway) Run(ctx context.Context) error {
+	return run.All(ctx,
+		run.Actor{Name: "decisions", Run: func(ctx context.Context) error {
+			return decided.Follow(ctx, g.cfg.Follow, g.block)
+		}},
+		run.Actor{Name: "seals", Run: func(ctx context.Context) error {
+			return g.cfg.Bus.Subscribe(ctx, topic.Seal(g.cfg.District), func(_ string, data []byte) { g.seal(data) })
+		}},
+	)
+}
+
+func (g *Gateway) block(_ context.Context, b *decided.Block) error {
+	now := g.cfg.Now()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.counts.Blocks++
+	v := BlockView{Height: uint64(b.Header.Height), Time: b.Header.Time, Size: b.Header.Size, Root: fmt.Sprintf("%x", b.Header.Root[:8])}
+	for _, vote := range b.Votes {
+		v.Votes = append(v.Votes, vote.Validator)
+	}
+	slices.Sort(v.Votes)
+	var changed bool
+	for i := range b.Records {
+		r := &b.Records[i]
+		if !r.Accepted {
+			g.counts.Rejected++
+			continue
+		}
+		v.Records++
+		c := wire.Candidate(r.Raw, r.Salt[:])
+		if c.Err != nil {
+			// A quorum accepted it and we cannot read it: we are the older software.
+			g.log.Warn("accepted record cannot be decoded", "height", b.Header.Height, "err", c.Err)
+			continue
+		}
+		switch {
+		case c.Frame != nil:
+			g.frame(c.Frame, r.Index, now)
+		case c.Command != nil:
+			g.counts.Commands++
+			if j := g.junctions[c.Command.Junction]; j != nil {
+				j.Rule, j.Evidence, j.Height = c.Command.Rule, r.Index, uint64(b.Header.Height)
+			}
+		case c.Change != nil:
+			if err := g.registry.Apply(uint64(b.Header.Height), c.Envelope.Key, *c.Change); err != nil {
+				g.log.Error("agreed registry change does not apply", "height", b.Header.Height, "err", err)
+				continue
+			}
+			changed = true
+		}
+	}
+	if changed {
+		for _, j := range g.registry.Junctions() {
+			if g.junctions[j.ID] == nil {
+				g.junctions[j.ID] = newJunctionView(j)
+			}
+		}
+	}
+	g.blocks = append(g.blocks, v)
+	if len(g.blocks) > keepBlocks {
+		g.blocks = slices.Delete(g.blocks, 0, len(g.blocks)-keepBlocks)
+	}
+	g.changed()
+	return nil
+}
+
+// frame is called with mu held.
+func (g *Gateway) frame(f *traffic.Frame, index uint64, now time.Time) {
+	g.counts.Frames++
+	g.counts.Readings += uint64(len(f.Readings))
+	for _, r := range f.Results {
+		if r.Applied {
+			g.counts.Applied++
+		} else {
+			g.counts.Refused++
+		}
+	}
+	// Frames of before the start are replayed history and say nothing of speed.
+	if f.Time.After(g.started) {
+		g.agreed.add(now.Sub(f.Time))
+		g.unsealed = append(g.unsealed, pending{index, f.Time})
+	}
+	j := g.junctions[f.Junction]
+	if j == nil || f.Time.Before(j.At) {
+		return
+	}
+	if f.Signal.Mode == traffic.Tripped && j.Signal.Mode != traffic.Tripped {
+		g.counts.Trips++
+	}
+	j.At, j.Signal = f.Time, f.Signal
+	if def, ok := g.registry.Junction(f.Junction); ok {
+		j.Stage = ""
+		if s := f.Signal.Stage; s >= 0 && s < len(def.Stages) {
+			j.Stage = def.Stages[s].Name
+		}
+		if f.Interval > 0 {
+			j.Vehicles, j.Halted = queues(def, f)
+		}
+	}
+}
+
+// queues sums what stands before the stop lines: by lane-area detectors, or by
+// an oracle where there are none.
+func queues(j *traffic.Junction, f *traffic.Frame) (vehicles, halted uint32) {
+	for _, kind := range []traffic.DetectorKind{traffic.Area, traffic.Oracle} {
+		for _, r := range f.Readings {
+			if d, ok := j.Detector(r.Detector); ok && d.Kind == kind {
+				vehicles += r.Vehicles
+				halted += r.Halted
+			}
+		}
+		if vehicles > 0 {
+			return vehicles, halted
+		}
+	}
+	return vehicles, halted
+}
+
+func (g *Gateway) seal(data []byte) {
+	var s pb.Seal
+	if err := wire.Decode(identity.Protobuf, data, &s); err != nil {
+		g.log.Warn("seal refused", "err", err)
+		return
+	}
+	now := g.cfg.Now()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if s.Size <= g.sealed.Size {
+		return
+	}
+	g.sealed = SealView{Height: s.Height, Size: s.Size, Time: time.Unix(0, s.SealedUnixNano).UTC()}
+	n := 0
+	for _, p := range g.unsealed {
+		if p.index < s.Size {
+			g.sealing.add(now.Sub(p.at))
+			continue
+		}
+		g.unsealed[n] = p
+		n++
+	}
+	g.unsealed = g.unsealed[:n]
+	g.changed()
+}
+
+// changed wakes whoever waits for a new view; mu is held.
+func (g *Gateway) changed() {
+	close(g.waiters)
+	g.waiters = make(chan struct{})
+}
+
+// View returns the state as it is now.
+func (g *Gateway) View() View {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	v := View{District: g.cfg.District, Time: g.cfg.Now().UTC(), Blocks: slices.Clone(g.blocks), Sealed: g.sealed, Counts: g.counts}
+	for _, j := range g.junctions {
+		v.Junctions = append(v.Junctions, *j)
+	}
+	slices.SortFunc(v.Junctions, func(a, b junctionView) int { return cmp.Compare(a.ID, b.ID) })
+	v.LatencyMS.AgreedP50, v.LatencyMS.AgreedP99 = g.agreed.quantile(0.5), g.agreed.quantile(0.99)
+	v.LatencyMS.SealedP50, v.LatencyMS.SealedP99 = g.sealing.quantile(0.5), g.sealing.quantile(0.99)
+	return v
+}
+
+// Unsealed returns how many agreed frames of this run still wait for a seal.
+func (g *Gateway) Unsealed() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.unsealed)
+}
+
+// Handler serves the page and its data:
+//
+//	GET /                            the page
+//	GET /v1/state                    the view, JSON
+//	GET /v1/live                     the view whenever it changes, server-sent events
+//	GET /v1/registry/{type}/{id}     one entry of the registry in force
+func (g *Gateway) Handler() http.Handler {
+	mux := http.NewServeMux()
+	files, err := fs.Sub(pageFiles, "page")
+	if err != nil {
+		panic(err) // unreachable: the folder is embedded
+	}
+	mux.Handle("GET /", http.FileServerFS(files))
+	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, g.View()) })
+	mux.HandleFunc("GET /v1/live", g.live)
+	mux.HandleFunc("GET /v1/registry/{type}/{id}", func(w http.ResponseWriter, r *http.Request) {
+		g.mu.Lock()
+		e, ok := g.registry.Entry(identity.EntryType(r.PathValue("type")), r.PathValue("id"))
+		g.mu.Unlock()
+		if !ok {
+			w.Header().Set("Content-Type", "application/problem+json")
+			w.WriteHeader(http.StatusNotFound)
+			_ = json.NewEncoder(w).Encode(map[string]any{"title": "not found", "status": 404,
+				"detail": fmt.Sprintf("the registry has no %.20s %.128q", r.PathValue("type"), r.PathValue("id"))})
+			return
+		}
+		writeJSON(w, e)
+	})
+	return mux
+}
+
+func writeJSON(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	_ = json.NewEncoder(w).Encode(v) // fails only when the client has gone
+}
+
+// liveEvery bounds how often one page is sent a new view.
+const liveEvery = 250 * time.Millisecond
+
+func (g *Gateway) live(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("Cache-Control", "no-store")
+	out := http.NewResponseController(w)
+	for {
+		g.mu.Lock()
+		next := g.waiters
+		g.mu.Unlock()
+		b, err := json.Marshal(g.View())
+		if err != nil {
+			g.log.Error("view cannot be encoded", "err", err)
+			return
+		}
+		if _, err := fmt.Fprintf(w, "data: %s\n\n", b); err != nil {
+			return
+		}
+		if err := out.Flush(); err != nil {
+			return
+		}
+		select {
+		case <-r.Context().Done():
+			return
+		case <-time.After(liveEvery):
+		}
+		select {
+		case <-r.Context().Done():
+			return
+		case <-next:
+		}
+	}
+}
+
+// latencies keeps the newest samples, and so its quantiles follow what is now.
+type latencies struct {
+	ms   []float64
+	next int
+}
+
+const keepLatencies = 1 << 16
+
+func (l *latencies) add(d time.Duration) {
+	v := float64(d) / float64(time.Millisecond)
+	if len(l.ms) < keepLatencies {
+		l.ms = append(l.ms, v)
+		return
+	}
+	l.ms[l.next] = v
+	l.next = (l.next + 1) % keepLatencies
+}
+
+// quantile returns the q-quantile in ms (nearest rank), 0 without samples.
+func (l *latencies) quantile(q float64) float64 {
+	if len(l.ms) == 0 {
+		return 0
+	}
+	s := slices.Clone(l.ms)
+	slices.Sort(s)
+	return s[min(int(q*float64(len(s))), len(s)-1)]
+}
+
+// Height returns the newest block's height that the gateway has seen.
+func (g *Gateway) Height() ledger.Height {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.blocks) == 0 {
+		return 0
+	}
+	return ledger.Height(g.blocks[len(g.blocks)-1].Height)
+}

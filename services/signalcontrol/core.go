@@ -1,0 +1,155 @@
+// Package signalcontrol turns agreed state into signed commands.
+//
+// [Core] is pure: accepted frames of one decided block go in, commands come
+// out. The same Core decides in the live service, in the pipeline that runs in
+// lockstep with a simulator, and in a simulation without any pipeline; only who
+// calls it differs. [Run] is the shell around it.
+//
+// Every periodic frame that reaches a decided block in time is answered by
+// exactly one command, also where the stage stays the same: commands are at once
+// the orders and the sign of life that keeps a roadside unit from falling back
+// to its local plan.
+package signalcontrol
+
+import (
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/timing"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/wire"
+)
+
+// MaxDecisionAge is how old a frame may be for a command to rest on it; beyond
+// it decisions are stale, and roadside units run their own plans.
+const MaxDecisionAge = 2 * time.Second
+
+// Validity is how long a command may be obeyed. It is as long as a unit waits
+// before it falls back, so that no order outlives the decision it came from.
+const Validity = 2 * time.Second
+
+// CoreConfig says what a Core decides by.
+type CoreConfig struct {
+	District traffic.DistrictID
+	// Key signs commands; the registry must let it sign the kind command.
+	Key ed25519.PrivateKey
+	// Policy and its version as filed in the registry.
+	Policy, PolicyVersion string
+	Controller            timing.Controller
+	Rules                 timing.Rules
+}
+
+// Validate reports everything that is wrong, each with its field.
+func (c CoreConfig) Validate() error {
+	var errs []error
+	if c.District == "" {
+		errs = append(errs, errors.New("district: must not be empty"))
+	}
+	if len(c.Key) != ed25519.PrivateKeySize {
+		errs = append(errs, errors.New("key: an Ed25519 private key is needed"))
+	}
+	if c.Controller.Next == nil {
+		errs = append(errs, errors.New("controller: must be set, see timing.Named"))
+	}
+	return errors.Join(errs...)
+}
+
+// Core decides for all junctions of a district. Not safe for concurrent use.
+type Core struct {
+	cfg    CoreConfig
+	memory map[traffic.JunctionID]timing.Memory
+	last   map[traffic.JunctionID]uint64 // newest command's seq
+}
+
+// NewCore returns a Core that remembers nothing.
+func NewCore(c CoreConfig) (*Core, error) {
+	if err := c.Validate(); err != nil {
+		return nil, fmt.Errorf("signal-control: %w", err)
+	}
+	return &Core{cfg: c, memory: map[traffic.JunctionID]timing.Memory{}, last: map[traffic.JunctionID]uint64{}}, nil
+}
+
+// Order is one command with its signed envelope.
+type Order struct {
+	Command  traffic.Command
+	Envelope []byte // canonical
+}
+
+// Refusal is a frame on which no command could rest.
+type Refusal struct {
+	Junction traffic.JunctionID
+	Frame    traffic.FrameKey
+	Stale    bool // older than MaxDecisionAge
+	Reason   string
+}
+
+// perBlock bounds how many commands to one junction may rest on one block, so
+// that a command's sequence can be made from the height alone and rises across
+// restarts without anything being stored.
+const perBlock = 1 << 16
+
+// Decide returns the commands that follow from the accepted frames of the block
+// at height, in the order of the frames. Of several periodic frames of one
+// junction the newest counts; frames sent at events do not ask for a decision.
+// junction returns the definition in force.
+func (c *Core) Decide(now time.Time, height ledger.Height, frames []*traffic.Frame,
+	junction func(traffic.JunctionID) (*traffic.Junction, bool)) ([]Order, []Refusal) {
+	newest := make(map[traffic.JunctionID]*traffic.Frame, len(frames))
+	for _, f := range frames {
+		if f.Interval <= 0 {
+			continue
+		}
+		if n := newest[f.Junction]; n == nil || f.Time.After(n.Time) {
+			newest[f.Junction] = f
+		}
+	}
+	var orders []Order
+	var refused []Refusal
+	for _, f := range frames {
+		if newest[f.Junction] != f {
+			continue
+		}
+		if age := now.Sub(f.Time); age > MaxDecisionAge {
+			refused = append(refused, Refusal{f.Junction, f.FrameKey, true,
+				fmt.Sprintf("decision is %v old, at most %v may a command rest on", age.Round(time.Millisecond), MaxDecisionAge)})
+			continue
+		}
+		j, ok := junction(f.Junction)
+		if !ok {
+			refused = append(refused, Refusal{f.Junction, f.FrameKey, false, "junction is not in the registry"})
+			continue
+		}
+		o, err := c.decide(now, height, j, f)
+		if err != nil {
+			refused = append(refused, Refusal{f.Junction, f.FrameKey, false, err.Error()})
+			continue
+		}
+		orders = append(orders, o)
+	}
+	return orders, refused
+}
+
+func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, f *traffic.Frame) (Order, error) {
+	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], timing.Observe(j, f))
+	c.memory[j.ID] = m
+	if d.Stage < 0 || d.Stage >= len(j.Stages) {
+		return Order{}, fmt.Errorf("controller %s wants stage %d of %d", c.cfg.Controller.Name, d.Stage, len(j.Stages))
+	}
+	seq := uint64(height) * perBlock
+	if last := c.last[j.ID]; seq <= last {
+		seq = last + 1
+	}
+	c.last[j.ID] = seq
+	cmd := traffic.Command{
+		District: c.cfg.District, Junction: j.ID, Seq: seq, Height: uint64(height), RestsOn: f.FrameKey,
+		Policy: c.cfg.Policy, PolicyVersion: c.cfg.PolicyVersion,
+		Controller: c.cfg.Controller.Name, ControllerVersion: c.cfg.Controller.Version,
+		Issued: now, Expires: now.Add(Validity), Stage: d.Stage, Rule: d.Rule,
+	}
+	e := identity.Sign(c.cfg.Key, identity.KindCommand, identity.Protobuf, wire.EncodeCommand(&cmd))
+	return Order{Command: cmd, Envelope: e.Marshal()}, nil
+}

@@ -1,0 +1,237 @@
+package signalcontrol
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/bus"
+	"github.com/stopline-traffic/stopline/services/internal/decided"
+	"github.com/stopline-traffic/stopline/services/internal/run"
+	"github.com/stopline-traffic/stopline/services/internal/wire"
+)
+
+// Inbox puts a command on its way into the log.
+type Inbox interface {
+	// Send returns when ingest has answered; an error means that nobody knows
+	// whether it was stored.
+	Send(ctx context.Context, d traffic.DistrictID, kind, source string, envelope []byte) (*pb.Receipt, error)
+}
+
+// Config of the service.
+type Config struct {
+	CoreConfig
+	Bus *bus.Bus
+	// Inbox takes commands to be sealed.
+	Inbox Inbox
+	// Registry in force at the block that Follow resumes after.
+	Registry *identity.Registry
+	// Follow says from where and whom to follow decided blocks.
+	Follow decided.Config
+	// Now is the district's clock. Optional: time.Now.
+	Now func() time.Time
+	// Logger is optional.
+	Logger *slog.Logger
+}
+
+// Counters of the service.
+type Counters struct {
+	Blocks   atomic.Uint64
+	Sent     atomic.Uint64 // commands given to the bus
+	Sealed   atomic.Uint64 // of which ingest has stored
+	Unsealed atomic.Uint64 // of which ingest refused, or never answered
+	Stale    atomic.Uint64 // frames too old to decide on
+	Refused  atomic.Uint64 // frames that no decision could be made on
+}
+
+// Service is signal-control.
+type Service struct {
+	cfg      Config
+	core     *Core
+	registry *identity.Registry
+	log      *slog.Logger
+	seal     chan Order
+	Counters Counters
+
+	lastDecision atomic.Int64 // Unix nanoseconds of the newest frame decided on
+	stale        atomic.Bool
+}
+
+// sealQueue bounds the commands that wait for ingest: some seconds of a large
+// district. When it is full, the newest is counted as unsealed and not sent to
+// the street either: what changes a light is sealed, or it does not change it.
+const sealQueue = 4096
+
+// New returns the service, ready to run.
+func New(c Config) (*Service, error) {
+	core, err := NewCore(c.CoreConfig)
+	if err != nil {
+		return nil, err
+	}
+	if c.Bus == nil || c.Inbox == nil || c.Registry == nil {
+		return nil, errors.New("signal-control: bus, inbox and registry are needed")
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Service{cfg: c, core: core, registry: c.Registry.Clone(), log: c.Logger, seal: make(chan Order, sealQueue)}, nil
+}
+
+// Stale reports whether no decision has been made for [MaxDecisionAge].
+func (s *Service) Stale() bool { return s.stale.Load() }
+
+// Run decides until ctx ends.
+func (s *Service) Run(ctx context.Context) error {
+	s.lastDecision.Store(s.cfg.Now().UnixNano())
+	actors := []run.Actor{
+		{Name: "decide", Run: func(ctx context.Context) error { return decided.Follow(ctx, s.cfg.Follow, s.block) }},
+		{Name: "watch", Run: s.watch},
+	}
+	// Several commands wait for their receipts at once; ingest keeps no order
+	// between junctions, and within one the sequence is in the command.
+	for range sealers {
+		actors = append(actors, run.Actor{Name: "seal", Run: s.sealer})
+	}
+	return run.All(ctx, actors...)
+}
+
+func (s *Service) block(ctx context.Context, b *decided.Block) error {
+	s.Counters.Blocks.Add(1)
+	now := s.cfg.Now()
+	frames := make([]*traffic.Frame, 0, len(b.Records))
+	for i := range b.Records {
+		r := &b.Records[i]
+		if !r.Accepted {
+			continue
+		}
+		c := wire.Candidate(r.Raw, r.Salt[:])
+		if c.Err != nil {
+			s.log.Warn("accepted record cannot be decoded", "height", b.Header.Height, "err", c.Err)
+			continue
+		}
+		switch {
+		case c.Frame != nil:
+			frames = append(frames, c.Frame)
+		case c.Change != nil:
+			if err := s.registry.Apply(uint64(b.Header.Height), c.Envelope.Key, *c.Change); err != nil {
+				s.log.Error("agreed registry change does not apply", "height", b.Header.Height, "err", err)
+			}
+		}
+	}
+	orders, refused := s.core.Decide(now, b.Header.Height, frames, s.registry.Junction)
+	for _, r := range refused {
+		if r.Stale {
+			s.Counters.Stale.Add(1)
+			continue // watch tells people once, not once a frame
+		}
+		s.Counters.Refused.Add(1)
+		s.log.Warn("no decision", "junction", r.Junction, "frame", r.Frame.String(), "reason", r.Reason)
+	}
+	for _, o := range orders {
+		select {
+		case s.seal <- o:
+		default:
+			s.Counters.Unsealed.Add(1)
+			s.log.Error("command not sent: the queue to ingest is full", "junction", o.Command.Junction, "seq", o.Command.Seq)
+			continue
+		}
+		if err := s.cfg.Bus.Send(topic.Command(s.cfg.District, o.Command.Junction), o.Envelope); err != nil {
+			s.log.Error("command not sent", "junction", o.Command.Junction, "err", err)
+			continue
+		}
+		s.Counters.Sent.Add(1)
+		s.lastDecision.Store(now.UnixNano())
+	}
+	return nil
+}
+
+func (s *Service) sealer(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case o := <-s.seal:
+			s.store(ctx, o)
+		}
+	}
+}
+
+// sealers is how many commands wait for their receipts at once.
+const sealers = 32
+
+// sealTries and sealPause bound how long one command is offered to ingest: past
+// its expiry nobody obeys it, but that it was given is still to be sealed.
+const (
+	sealTries = 20
+	sealPause = 250 * time.Millisecond
+)
+
+func (s *Service) store(ctx context.Context, o Order) {
+	var why string
+	for range sealTries {
+		r, err := s.cfg.Inbox.Send(ctx, s.cfg.District, string(identity.KindCommand), string(o.Command.Junction), o.Envelope)
+		switch {
+		case err != nil:
+			why = err.Error()
+		case r.Status == pb.Receipt_STATUS_STORED:
+			s.Counters.Sealed.Add(1)
+			return
+		case r.Status == pb.Receipt_STATUS_REFUSED:
+			s.Counters.Unsealed.Add(1)
+			s.log.Error("ingest refused a command", "junction", o.Command.Junction, "seq", o.Command.Seq, "reason", r.Reason)
+			return
+		default:
+			why = r.Reason
+		}
+		select {
+		case <-ctx.Done():
+			s.Counters.Unsealed.Add(1)
+			return
+		case <-time.After(sealPause):
+		}
+	}
+	s.Counters.Unsealed.Add(1)
+	s.log.Error("command was sent but could not be stored for sealing", "junction", o.Command.Junction, "seq", o.Command.Seq, "reason", why)
+}
+
+// watchEvery is how often the age of decisions is looked at.
+const watchEvery = 100 * time.Millisecond
+
+// watch says when decisions have become stale, and when they are back.
+func (s *Service) watch(ctx context.Context) error {
+	t := time.NewTicker(watchEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+		now := s.cfg.Now()
+		age := now.Sub(time.Unix(0, s.lastDecision.Load()))
+		stale := age > MaxDecisionAge
+		if s.stale.Swap(stale) == stale {
+			continue
+		}
+		mode := "decisions-fresh"
+		if stale {
+			mode = "decisions-stale"
+			s.log.Warn("decisions are stale, junctions run their local plans", "elapsed", age)
+		} else {
+			s.log.Info("decisions are back")
+		}
+		m := &pb.Status{District: string(s.cfg.District), Device: "signal-control", TimeUnixNano: now.UnixNano(), Signal: &pb.Signal{Stage: -1, Mode: mode}}
+		if err := s.cfg.Bus.Send(topic.Status(s.cfg.District, "signal-control"), wire.EncodeStatus(m)); err != nil {
+			s.log.Error("status not sent", "err", err)
+		}
+	}
+}
