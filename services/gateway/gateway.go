@@ -25,6 +25,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/agreed"
 	"github.com/stopline-traffic/stopline/services/internal/bus"
 	"github.com/stopline-traffic/stopline/services/internal/decided"
 	"github.com/stopline-traffic/stopline/services/internal/run"
@@ -38,9 +39,9 @@ var pageFiles embed.FS
 type Config struct {
 	Bus      *bus.Bus
 	District traffic.DistrictID
-	// Registry in force when the gateway starts; it follows changes by itself.
-	Registry *identity.Registry
-	// Follow says from where and whom to follow decided blocks.
+	// State follows the registry; the gateway runs it.
+	State *agreed.State
+	// Follow says whose decided blocks to follow.
 	Follow decided.Config
 	// Now is the district's clock. Optional: time.Now.
 	Now func() time.Time
@@ -56,9 +57,8 @@ type Gateway struct {
 	cfg Config
 	log *slog.Logger
 
-	mu sync.Mutex // guards all below
-	// registry in force after the newest block.
-	registry  *identity.Registry
+	mu        sync.Mutex // guards all below
+	known     *identity.Registry
 	junctions map[traffic.JunctionID]*junctionView
 	blocks    []BlockView
 	sealed    SealView
@@ -144,8 +144,8 @@ type View struct {
 
 // New returns a gateway that has seen nothing yet.
 func New(c Config) (*Gateway, error) {
-	if c.Bus == nil || c.Registry == nil || c.District == "" {
-		return nil, fmt.Errorf("gateway: bus, registry and district are needed")
+	if c.Bus == nil || c.State == nil || c.District == "" {
+		return nil, fmt.Errorf("gateway: bus, state and district are needed")
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -153,9 +153,9 @@ func New(c Config) (*Gateway, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	g := &Gateway{cfg: c, log: c.Logger, registry: c.Registry.Clone(), junctions: map[traffic.JunctionID]*junctionView{},
+	g := &Gateway{cfg: c, log: c.Logger, junctions: map[traffic.JunctionID]*junctionView{},
 		waiters: make(chan struct{}), started: c.Now()}
-	for _, j := range c.Registry.Junctions() {
+	for _, j := range c.State.Registry().Junctions() {
 		g.junctions[j.ID] = newJunctionView(j)
 	}
 	return g, nil
@@ -173,7 +173,7 @@ func newJunctionView(j *traffic.Junction) *junctionView {
 func (g *Gateway) Run(ctx context.Context) error {
 	return run.All(ctx,
 		run.Actor{Name: "decisions", Run: func(ctx context.Context) error {
-			return decided.Follow(ctx, g.cfg.Follow, g.block)
+			return g.cfg.State.Run(ctx, g.cfg.Follow, g.block)
 		}},
 		run.Actor{Name: "seals", Run: func(ctx context.Context) error {
 			return g.cfg.Bus.Subscribe(ctx, topic.Seal(g.cfg.District), func(_ string, data []byte) { g.seal(data) })
@@ -181,7 +181,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 	)
 }
 
-func (g *Gateway) block(_ context.Context, b *decided.Block) error {
+func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Registry) error {
 	now := g.cfg.Now()
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -191,7 +191,6 @@ func (g *Gateway) block(_ context.Context, b *decided.Block) error {
 		v.Votes = append(v.Votes, vote.Validator)
 	}
 	slices.Sort(v.Votes)
-	var changed bool
 	for i := range b.Records {
 		r := &b.Records[i]
 		if !r.Accepted {
@@ -207,22 +206,17 @@ func (g *Gateway) block(_ context.Context, b *decided.Block) error {
 		}
 		switch {
 		case c.Frame != nil:
-			g.frame(c.Frame, r.Index, now)
+			g.frame(reg, c.Frame, r.Index, now)
 		case c.Command != nil:
 			g.counts.Commands++
 			if j := g.junctions[c.Command.Junction]; j != nil {
 				j.Rule, j.Evidence, j.Height = c.Command.Rule, r.Index, uint64(b.Header.Height)
 			}
-		case c.Change != nil:
-			if err := g.registry.Apply(uint64(b.Header.Height), c.Envelope.Key, *c.Change); err != nil {
-				g.log.Error("agreed registry change does not apply", "height", b.Header.Height, "err", err)
-				continue
-			}
-			changed = true
 		}
 	}
-	if changed {
-		for _, j := range g.registry.Junctions() {
+	if reg != g.known { // a registry never changes: another one is another state
+		g.known = reg
+		for _, j := range reg.Junctions() {
 			if g.junctions[j.ID] == nil {
 				g.junctions[j.ID] = newJunctionView(j)
 			}
@@ -237,7 +231,7 @@ func (g *Gateway) block(_ context.Context, b *decided.Block) error {
 }
 
 // frame is called with mu held.
-func (g *Gateway) frame(f *traffic.Frame, index uint64, now time.Time) {
+func (g *Gateway) frame(reg *identity.Registry, f *traffic.Frame, index uint64, now time.Time) {
 	g.counts.Frames++
 	g.counts.Readings += uint64(len(f.Readings))
 	for _, r := range f.Results {
@@ -260,7 +254,7 @@ func (g *Gateway) frame(f *traffic.Frame, index uint64, now time.Time) {
 		g.counts.Trips++
 	}
 	j.At, j.Signal = f.Time, f.Signal
-	if def, ok := g.registry.Junction(f.Junction); ok {
+	if def, ok := reg.Junction(f.Junction); ok {
 		j.Stage = ""
 		if s := f.Signal.Stage; s >= 0 && s < len(def.Stages) {
 			j.Stage = def.Stages[s].Name
@@ -357,9 +351,7 @@ func (g *Gateway) Handler() http.Handler {
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, g.View()) })
 	mux.HandleFunc("GET /v1/live", g.live)
 	mux.HandleFunc("GET /v1/registry/{type}/{id}", func(w http.ResponseWriter, r *http.Request) {
-		g.mu.Lock()
-		e, ok := g.registry.Entry(identity.EntryType(r.PathValue("type")), r.PathValue("id"))
-		g.mu.Unlock()
+		e, ok := g.cfg.State.Registry().Entry(identity.EntryType(r.PathValue("type")), r.PathValue("id"))
 		if !ok {
 			w.Header().Set("Content-Type", "application/problem+json")
 			w.WriteHeader(http.StatusNotFound)

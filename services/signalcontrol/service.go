@@ -11,6 +11,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/agreed"
 	"github.com/stopline-traffic/stopline/services/internal/bus"
 	"github.com/stopline-traffic/stopline/services/internal/decided"
 	"github.com/stopline-traffic/stopline/services/internal/run"
@@ -30,9 +31,9 @@ type Config struct {
 	Bus *bus.Bus
 	// Inbox takes commands to be sealed.
 	Inbox Inbox
-	// Registry in force at the block that Follow resumes after.
-	Registry *identity.Registry
-	// Follow says from where and whom to follow decided blocks.
+	// State follows the registry; the service runs it.
+	State *agreed.State
+	// Follow says whose decided blocks to follow.
 	Follow decided.Config
 	// Now is the district's clock. Optional: time.Now.
 	Now func() time.Time
@@ -54,7 +55,6 @@ type Counters struct {
 type Service struct {
 	cfg      Config
 	core     *Core
-	registry *identity.Registry
 	log      *slog.Logger
 	seal     chan Order
 	Counters Counters
@@ -74,8 +74,8 @@ func New(c Config) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	if c.Bus == nil || c.Inbox == nil || c.Registry == nil {
-		return nil, errors.New("signal-control: bus, inbox and registry are needed")
+	if c.Bus == nil || c.Inbox == nil || c.State == nil {
+		return nil, errors.New("signal-control: bus, inbox and state are needed")
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -83,7 +83,7 @@ func New(c Config) (*Service, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Service{cfg: c, core: core, registry: c.Registry.Clone(), log: c.Logger, seal: make(chan Order, sealQueue)}, nil
+	return &Service{cfg: c, core: core, log: c.Logger, seal: make(chan Order, sealQueue)}, nil
 }
 
 // Stale reports whether no decision has been made for [MaxDecisionAge].
@@ -93,7 +93,7 @@ func (s *Service) Stale() bool { return s.stale.Load() }
 func (s *Service) Run(ctx context.Context) error {
 	s.lastDecision.Store(s.cfg.Now().UnixNano())
 	actors := []run.Actor{
-		{Name: "decide", Run: func(ctx context.Context) error { return decided.Follow(ctx, s.cfg.Follow, s.block) }},
+		{Name: "decide", Run: func(ctx context.Context) error { return s.cfg.State.Run(ctx, s.cfg.Follow, s.block) }},
 		{Name: "watch", Run: s.watch},
 	}
 	// Several commands wait for their receipts at once; ingest keeps no order
@@ -104,7 +104,7 @@ func (s *Service) Run(ctx context.Context) error {
 	return run.All(ctx, actors...)
 }
 
-func (s *Service) block(ctx context.Context, b *decided.Block) error {
+func (s *Service) block(_ context.Context, b *decided.Block, reg *identity.Registry) error {
 	s.Counters.Blocks.Add(1)
 	now := s.cfg.Now()
 	frames := make([]*traffic.Frame, 0, len(b.Records))
@@ -118,16 +118,11 @@ func (s *Service) block(ctx context.Context, b *decided.Block) error {
 			s.log.Warn("accepted record cannot be decoded", "height", b.Header.Height, "err", c.Err)
 			continue
 		}
-		switch {
-		case c.Frame != nil:
+		if c.Frame != nil {
 			frames = append(frames, c.Frame)
-		case c.Change != nil:
-			if err := s.registry.Apply(uint64(b.Header.Height), c.Envelope.Key, *c.Change); err != nil {
-				s.log.Error("agreed registry change does not apply", "height", b.Header.Height, "err", err)
-			}
 		}
 	}
-	orders, refused := s.core.Decide(now, b.Header.Height, frames, s.registry.Junction)
+	orders, refused := s.core.Decide(now, b.Header.Height, frames, reg.Junction)
 	for _, r := range refused {
 		if r.Stale {
 			s.Counters.Stale.Add(1)

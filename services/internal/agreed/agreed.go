@@ -1,0 +1,181 @@
+// Package agreed keeps the registry in step with the decided blocks, and
+// remembers on disk how far it got, so that a service that follows decisions
+// starts where it stopped and not at genesis.
+//
+// What is on disk is a convenience: a quorum's header says after each block
+// what the registry's hash must be, and a file that does not fit is an error
+// that names it.
+package agreed
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/services/internal/decided"
+	"github.com/stopline-traffic/stopline/services/internal/district"
+	"github.com/stopline-traffic/stopline/services/internal/wire"
+)
+
+// saveEvery is how often the place in the chain is written down: what a restart
+// goes through again is at most that much, and harmless.
+const saveEvery = time.Second
+
+// State is a registry that follows the chain.
+type State struct {
+	path     string
+	point    *decided.Point // owned by Run
+	saved    time.Time      // owned by Run
+	registry atomic.Pointer[identity.Registry]
+}
+
+// file is the stored form.
+type file struct {
+	Header   []byte          `json:"header"`
+	Tree     []byte          `json:"tree"`
+	Registry json.RawMessage `json:"registry"`
+}
+
+// Open returns the state that the file at path holds, or genesis where there is
+// none. With an empty path nothing is ever stored.
+func Open(path string, g *identity.Genesis) (*State, error) {
+	s := &State{path: path}
+	reg, err := identity.NewRegistry(g)
+	if err != nil {
+		return nil, err
+	}
+	if path != "" {
+		b, err := os.ReadFile(path)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return nil, err
+		default:
+			if reg, s.point, err = parse(b); err != nil {
+				return nil, fmt.Errorf("%s: %w; remove the file to start from genesis", path, err)
+			}
+		}
+	}
+	s.publish(reg)
+	return s, nil
+}
+
+func parse(b []byte) (*identity.Registry, *decided.Point, error) {
+	var f file
+	if err := json.Unmarshal(b, &f); err != nil {
+		return nil, nil, err
+	}
+	h, err := ledger.ParseHeader(f.Header)
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := ledger.ParseFrontier(f.Tree)
+	if err != nil {
+		return nil, nil, err
+	}
+	if t.Size() != h.Size || t.Root() != h.Root {
+		return nil, nil, errors.New("tree and header do not fit each other")
+	}
+	reg, err := identity.ParseSnapshot(f.Registry)
+	if err != nil {
+		return nil, nil, err
+	}
+	return reg, &decided.Point{Header: h, Tree: t}, nil
+}
+
+// publish makes reg the one that readers see. It is never changed again; its
+// hash is computed first, because that fills a cache.
+func (s *State) publish(reg *identity.Registry) {
+	reg.Hash()
+	s.registry.Store(reg)
+}
+
+// Registry returns the state in force for the next block. It must not be
+// changed; a later change makes another one. Safe for concurrent use.
+func (s *State) Registry() *identity.Registry { return s.registry.Load() }
+
+// Handler is called for each block with the registry by which its records were
+// judged.
+type Handler func(ctx context.Context, b *decided.Block, reg *identity.Registry) error
+
+// Run follows the decided blocks until ctx ends. An error of f ends it and
+// leaves the block to be handed out again after a restart.
+func (s *State) Run(ctx context.Context, c decided.Config, f Handler) error {
+	c.Resume = s.point
+	tree := &ledger.Frontier{}
+	if s.point != nil {
+		tree = s.point.Tree.Clone()
+	}
+	log := c.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return decided.Follow(ctx, c, func(ctx context.Context, b *decided.Block) error {
+		reg := s.Registry()
+		if got := reg.Hash(); b.Header.Registry != ledger.Hash(got) {
+			return fmt.Errorf("block %d: the registry here has hash %x, the quorum's %x: the state is damaged or this software is too old",
+				b.Header.Height, got[:8], b.Header.Registry[:8])
+		}
+		if err := f(ctx, b, reg); err != nil {
+			return err
+		}
+		if err := s.apply(b, reg); err != nil {
+			return err
+		}
+		tree.Append(b.Leaves)
+		s.point = &decided.Point{Header: b.Header, Tree: tree.Clone()}
+		if s.path != "" && time.Since(s.saved) >= saveEvery {
+			s.saved = time.Now()
+			// Not fatal: without it only the next start takes longer.
+			if err := s.save(); err != nil {
+				log.Error("place in the chain not saved", "err", err)
+			}
+		}
+		return nil
+	})
+}
+
+// apply carries out the block's registry records, as the validators did.
+func (s *State) apply(b *decided.Block, reg *identity.Registry) error {
+	var next *identity.Registry
+	for i := range b.Records {
+		r := &b.Records[i]
+		if !r.Accepted {
+			continue
+		}
+		e, err := identity.ParseEnvelope(r.Raw)
+		if err != nil || e.Kind != identity.KindRegistry {
+			continue // anything else changes nothing here
+		}
+		c := wire.Candidate(r.Raw, r.Salt[:])
+		if c.Err != nil {
+			return fmt.Errorf("block %d: an agreed registry record cannot be decoded: %w", b.Header.Height, c.Err)
+		}
+		if next == nil {
+			next = reg.Clone()
+		}
+		if err := next.Apply(uint64(b.Header.Height), e.Key, *c.Change); err != nil {
+			return fmt.Errorf("block %d: an agreed registry record does not apply: %w", b.Header.Height, err)
+		}
+	}
+	if next != nil {
+		s.publish(next)
+	}
+	return nil
+}
+
+func (s *State) save() error {
+	b, err := json.Marshal(file{Header: s.point.Header.Marshal(), Tree: s.point.Tree.Marshal(), Registry: s.Registry().Snapshot()})
+	if err != nil {
+		return err
+	}
+	return district.WriteFile(s.path, b, 0o644)
+}
