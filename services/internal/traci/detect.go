@@ -588,7 +588,7 @@ func (f *field) read(i int) []traffic.Reading {
 			HeadWaitMS: uint32(s.headWait.Milliseconds()), Priority: max(s.present, s.passed),
 		}
 		if s.count > 0 {
-			r.SpeedCMS = uint32(max(0, math.Round(s.speeds/float64(s.count)*100)))
+			r.SpeedCMS = uint32(min(math.MaxUint32, max(0, math.Round(s.speeds/float64(s.count)*100))))
 		}
 		if s.kind != traffic.Oracle {
 			r.OccupancyPermille = permille(s.occupied, f.elapsed[i])

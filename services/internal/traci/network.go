@@ -96,7 +96,11 @@ func (n *network) derive(g *logic, held []int, lim Limits, sensing Sensing) (Der
 	lat, lon := n.location.place(at)
 	j.LatE6, j.LonE6 = int64(math.Round(lat*1e6)), int64(math.Round(lon*1e6))
 
-	plan, err := derivePlan(g)
+	walks := make([]bool, groups)
+	for _, i := range held {
+		walks[n.links[i].index] = n.lanes[n.links[i].to].function == "crossing"
+	}
+	plan, err := derivePlan(g, walks)
 	if err != nil {
 		return d, err
 	}
@@ -176,6 +180,21 @@ func busesOnly(l netLane) bool {
 		}
 	}
 	return len(allowed) > 0
+}
+
+// clears reports whether all that the second state changes is that some groups
+// that walk are not green any more.
+func clears(before, after traffic.State, walks []bool) bool {
+	if after == "" || before == after {
+		return false
+	}
+	for i := range len(before) {
+		a, b := before.At(i), after.At(i)
+		if a != b && !(walks[i] && a.Go() && !b.Go()) {
+			return false
+		}
+	}
+	return true
 }
 
 // saturation is how many vehicles an hour a link can discharge: 1900 straight
@@ -565,8 +584,9 @@ type derivedPlan struct {
 
 // derivePlan splits a program into stages and the intergreens between them. A
 // phase is a stage where something is green and nothing is yellow; what is
-// between two stages belongs to the first of them.
-func derivePlan(g *logic) (derivedPlan, error) {
+// between two stages belongs to the first of them. A phase that only takes the
+// green from groups that walk is their clearance, and no stage either.
+func derivePlan(g *logic, walks []bool) (derivedPlan, error) {
 	var out derivedPlan
 	warned := map[byte]bool{}
 	n := len(g.phases)
@@ -596,6 +616,11 @@ func derivePlan(g *logic) (derivedPlan, error) {
 		}
 		if f := strings.Fields(p.next); len(f) > 1 || len(f) == 1 && f[0] != strconv.Itoa((i+1)%n) {
 			out.warnings = append(out.warnings, fmt.Sprintf("phase %d names next %q: the plan takes the phases in the order of the file", i, p.next))
+		}
+	}
+	for i := range n {
+		if before := state[(i+n-1)%n]; before != "" && clears(before, state[i], walks) {
+			state[i] = ""
 		}
 	}
 	// Begin where a stage begins, so that a stage that goes on over the end of
