@@ -60,7 +60,7 @@ func (s *State) frame(reg *identity.Registry, now time.Time, c *Candidate, h *id
 			if v.Gap == 0 && f.Prev != n.hash {
 				return refuse(RuleChain, "prev: %x…, the hash of frame %s/%d/%d is %x…", f.Prev[:4], f.Device, n.epoch, n.seq, n.hash[:4])
 			}
-			if d := time.Duration(src.time - f.Time.UnixNano()); d > 0 {
+			if d := time.Unix(0, src.time).Sub(f.Time); d > 0 {
 				return refuse(RuleClockBackwards, "time: %s before that of frame %s/%d/%d", secs(d), f.Device, n.epoch, n.seq)
 			}
 		} else {
@@ -74,11 +74,13 @@ func (s *State) frame(reg *identity.Registry, now time.Time, c *Candidate, h *id
 		return refuse(RuleChain, "prev: %x… in frame %s, the first after a boot has none", f.Prev[:4], f.FrameKey)
 	}
 
-	switch d := f.Time.Sub(now); {
-	case d > s.limits.ClockAhead:
+	// Sub saturates, and the negative of its least value is itself: each
+	// direction has its own difference.
+	if d := f.Time.Sub(now); d > s.limits.ClockAhead {
 		return refuse(RuleClockAhead, "time: %s, at most %s", seconds(d, "ahead of the clock", ""), secs(s.limits.ClockAhead))
-	case -d > s.limits.ClockBehind:
-		return refuse(RuleClockBehind, "time: %s, at most %s", seconds(-d, "behind the clock", ""), secs(s.limits.ClockBehind))
+	}
+	if d := now.Sub(f.Time); d > s.limits.ClockBehind {
+		return refuse(RuleClockBehind, "time: %s, at most %s", seconds(d, "behind the clock", ""), secs(s.limits.ClockBehind))
 	}
 	if f.Interval < 0 || f.Interval > s.limits.MaxInterval {
 		return refuse(RuleSchema, "interval: %d ms, 0 to %d ms", f.Interval.Milliseconds(), s.limits.MaxInterval.Milliseconds())
