@@ -76,10 +76,35 @@ func cycleLost(j *traffic.Junction, r Rules) int64 {
 }
 
 // wanted reports whether somebody waits for a green that stage k gives and
-// stage at does not.
+// stage at does not, or stands at a green at which he has to yield while k would
+// protect him. A stage that the plan leaves out is only for those that no
+// stage of the plan serves, such as a walk on demand.
 func (m Memory) wanted(j *traffic.Junction, v View, at, k int) bool {
 	for g := range j.Groups {
-		if j.Stages[k].State.At(g).Go() && !j.Stages[at].State.At(g).Go() && m.demand(j, v, g) {
+		now, then := j.Stages[at].State.At(g), j.Stages[k].State.At(g)
+		if (then.Go() && !now.Go() && m.demand(j, v, g) || then == traffic.Green && now == traffic.Permissive && stands(j, v, g)) &&
+			(planned(j, func(stage int) bool { return stage == k }) ||
+				!planned(j, func(stage int) bool { return j.Stages[stage].State.At(g).Go() })) {
+			return true
+		}
+	}
+	return false
+}
+
+// stands reports whether somebody stands at the stop line of group g.
+func stands(j *traffic.Junction, v View, g int) bool {
+	for i := range j.Movements {
+		if j.Movements[i].Group == g && v.Movements[i].Present {
+			return true
+		}
+	}
+	return false
+}
+
+// planned reports whether the plan has a stage of which is is true.
+func planned(j *traffic.Junction, is func(stage int) bool) bool {
+	for _, s := range j.Plan.Steps {
+		if is(s.Stage) {
 			return true
 		}
 	}

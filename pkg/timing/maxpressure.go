@@ -12,12 +12,20 @@ const (
 	protectedWeight  = 1000
 	permissiveWeight = 600 // the share of a green that a yielding movement can use
 	busWeight        = 5000
-	pedWeight        = 1000 // a pedestrian call, and as much again for each 15 s of wait
+	pedWeight        = 2000 // a pedestrian call, and as much again for each 15 s of wait
 	pedWaitMS        = 15_000
 	downstreamShare  = 250 // of each vehicle on the exit
 	fullPermille     = 850 // an exit as full as that takes hardly anybody
 	blockedShare     = 100 // what a movement into a full exit counts, of its weight
 	stayBonus        = 1000
+	stayShare        = 0 // thousandths
+	haltedWeight     = 0
+	useBonus         = 0
+	useShare         = 0
+	useGap           = 2000
+	lossMS           = 0
+	floorMS          = 5000
+	movingShare      = 1000
 )
 
 // maxPressure shows the stage with the greatest pressure: over its green
@@ -43,8 +51,21 @@ func maxPressure(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decisi
 	p := m.pressures(j, v)
 	best := 0
 	for k := range p {
+		if k != at && lossMS > 0 && p[k] > 0 {
+			longest := 0
+			for i := range j.Movements {
+				if j.Stages[k].State.At(j.Movements[i].Group).Go() {
+					longest = max(longest, max(v.Movements[i].Vehicles, m.Queue[i]))
+				}
+			}
+			T := min(max(2000*longest, floorMS), 30000)
+			p[k] = p[k] * T / (T + lossMS)
+		}
 		if k == at {
-			p[k] += stayBonus
+			p[k] += stayBonus + max(p[k], 0)*stayShare/1000
+			if m.inUse(j, k) {
+				p[k] += useBonus + max(p[k], 0)*useShare/1000
+			}
 		}
 		if p[k] > p[best] || p[k] == p[best] && k == at {
 			best = k
@@ -61,7 +82,7 @@ func (m Memory) pressures(j *traffic.Junction, v View) []int {
 	p := make([]int, len(j.Stages))
 	for i := range j.Movements {
 		mv := &v.Movements[i]
-		load := 1000 * max(mv.Vehicles, m.Queue[i]) / max(mv.Shared, 1)
+		load := (movingShare*(max(mv.Vehicles, m.Queue[i])-mv.Halted) + (1000+haltedWeight)*mv.Halted) / max(mv.Shared, 1)
 		if !mv.Known {
 			load = 1000
 		}
@@ -175,4 +196,14 @@ func tenths(n int) string {
 		sign, n = "-", -n
 	}
 	return fmt.Sprintf("%s%d.%d", sign, n/1000, n%1000/100)
+}
+
+// inUse reports whether somebody has just used a green of stage k.
+func (m Memory) inUse(j *traffic.Junction, k int) bool {
+	for g := range j.Groups {
+		if j.Stages[k].State.At(g).Go() && m.GapMS[g] < int64(useGap) && has(j, g) {
+			return true
+		}
+	}
+	return false
 }
