@@ -214,6 +214,9 @@ func totals(t *testing.T, s *Scenario, sensing Sensing) (map[traffic.DetectorID]
 
 func TestOraclesAndLoopsCountTheSameVehicles(t *testing.T) {
 	needSUMO(t)
+	if testing.Short() {
+		t.Skip("compares whole runs")
+	}
 	s := cross(t)
 	loops, _ := totals(t, s, SensingDetectors)
 	oracles, _ := totals(t, s, SensingOracle)
@@ -241,6 +244,9 @@ func TestOraclesAndLoopsCountTheSameVehicles(t *testing.T) {
 // detectors at the places of ours, in the same run, and compares.
 func TestLoopsAgreeWithSUMOsOwn(t *testing.T) {
 	needSUMO(t)
+	if testing.Short() {
+		t.Skip("compares whole runs")
+	}
 	s := cross(t)
 	dir := t.TempDir()
 	var add strings.Builder

@@ -60,5 +60,3 @@ func shared(t testing.TB) string {
 	t.Skip("needs the shared scenarios (STOPLINE_SHARED, or ../shared beside the repository); STOPLINE_REQUIRE_SHARED=1 makes this a failure")
 	return ""
 }
-
-var sharedMaps = []string{"cologne1", "cologne3", "ingolstadt1", "ingolstadt7"}

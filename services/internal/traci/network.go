@@ -40,8 +40,9 @@ const (
 )
 
 // Derive makes a checked definition of every signal in the network, in the
-// order of the file. Signals that hold no connection are left out with a
-// warning in the next one's place; rail signals are no signals of the street.
+// order of the file. Left out are signals that hold no connection, and rail
+// signals. What does not fit the model is an error of kind Invalid that names
+// the file and the tlLogic.
 func (s *Scenario) Derive(lim Limits, sensing Sensing) ([]Derived, error) {
 	if err := sensing.check(); err != nil {
 		return nil, err
@@ -310,11 +311,16 @@ func (n *network) trace(lane int, upstream bool) string {
 	return ""
 }
 
-// touching lists the links that lead away from a lane, or to it.
+// touching lists the links that lead away from a lane, or to it, and begin on
+// the street, not within a junction.
 func (n *network) touching(lane int, upstream bool) []int {
-	var out []int
-	for i, l := range n.links {
-		if n.lanes[l.from].function == "" && (upstream && l.to == lane || !upstream && l.from == lane) {
+	links := n.leaving[lane]
+	if upstream {
+		links = n.reaching[lane]
+	}
+	out := make([]int, 0, len(links))
+	for _, i := range links {
+		if n.lanes[n.links[i].from].function == "" {
 			out = append(out, i)
 		}
 	}
@@ -327,13 +333,29 @@ func (n *network) addConflicts(d *Derived, held []int) {
 	j := d.Junction
 	size := len(j.Groups)
 	foes, yields := make([]bool, size*size), make([]bool, size*size)
-	for _, node := range n.junctions {
-		if len(node.requests) == 0 {
-			continue
+	var nodes []int
+	for _, i := range held {
+		k, ok := n.node[n.lanes[n.links[i].from].id]
+		if ok && !slices.Contains(nodes, k) {
+			nodes = append(nodes, k)
 		}
+	}
+	for _, k := range nodes {
+		node := n.junctions[k]
 		group, err := n.requestGroups(node, held)
 		if err != nil {
-			d.Warnings = append(d.Warnings, err.Error())
+			// Better a conflict too many: whatever the program never shows green
+			// together is taken as one.
+			d.Warnings = append(d.Warnings, err.Error()+": groups that its program never shows green together are taken as conflicting")
+			for _, x := range held {
+				for _, y := range held {
+					a, b := n.links[x].index, n.links[y].index
+					here := n.node[n.lanes[n.links[x].from].id] == k && n.node[n.lanes[n.links[y].from].id] == k
+					if here && a != b && !slices.ContainsFunc(j.Stages, func(s traffic.Stage) bool { return s.State.At(a).Go() && s.State.At(b).Go() }) {
+						foes[a*size+b], foes[b*size+a] = true, true
+					}
+				}
+			}
 			continue
 		}
 		for _, r := range node.requests {
@@ -401,6 +423,9 @@ func (n *network) addConflicts(d *Derived, held []int) {
 // requestGroups returns the signal group of each row of a junction's requests,
 // -1 where this signal does not hold the link.
 func (n *network) requestGroups(node netJunction, held []int) ([]int, error) {
+	if len(node.requests) == 0 {
+		return nil, fmt.Errorf("<junction id=%q>: has no requests: its conflicts are unknown", node.id)
+	}
 	group := make([]int, len(node.requests))
 	for i := range group {
 		group[i] = -1
@@ -411,20 +436,13 @@ func (n *network) requestGroups(node netJunction, held []int) ([]int, error) {
 			row[l] = i
 		}
 	}
-	incoming := map[string]bool{}
-	for _, id := range node.incoming {
-		incoming[id] = true
-	}
 	if len(row) == 0 {
 		// Without internal lanes the rows are in the order of the incoming lanes.
 		i := 0
 		for _, id := range node.incoming {
-			for k, l := range n.links {
-				if n.lanes[l.from].id != id {
-					continue
-				}
+			for _, k := range n.leaving[n.lane[id]] {
 				if i < len(group) && slices.Contains(held, k) {
-					group[i] = l.index
+					group[i] = n.links[k].index
 				}
 				i++
 			}
@@ -449,9 +467,9 @@ func (n *network) requestGroups(node netJunction, held []int) ([]int, error) {
 				break
 			}
 			next := -1
-			for _, m := range n.links {
-				if m.from == at && m.via >= 0 {
-					next = m.via
+			for _, m := range n.leaving[at] {
+				if n.links[m].via >= 0 {
+					next = n.links[m].via
 					break
 				}
 			}

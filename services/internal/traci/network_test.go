@@ -177,6 +177,33 @@ func TestConflictsComeFromTheRightOfWay(t *testing.T) {
 	}
 }
 
+func TestConflictsWithoutInternalLanes(t *testing.T) {
+	want := derive(t, cross(t), "beta", Limits{}, SensingOracle).Junction
+	s := cross(t)
+	var err error
+	if s.net, err = readNetwork(filepath.Join("testdata", "bare.net.xml")); err != nil {
+		t.Fatal(err)
+	}
+	d := derive(t, s, "beta", Limits{}, SensingOracle)
+	if got := d.Junction; !reflect.DeepEqual(got.Conflicts, want.Conflicts) || !reflect.DeepEqual(got.Yields, want.Yields) {
+		t.Errorf("conflicts %v, yields %v; with internal lanes %v, %v", got.Conflicts, got.Yields, want.Conflicts, want.Yields)
+	}
+	if len(d.Warnings) != 0 {
+		t.Errorf("warnings: got %q, want none", d.Warnings)
+	}
+	// Without the rows nothing is known, and that is said.
+	for i := range s.net.junctions {
+		s.net.junctions[i].requests = s.net.junctions[i].requests[:len(s.net.junctions[i].requests)/2]
+	}
+	d = derive(t, s, "beta", Limits{}, SensingOracle)
+	if !strings.Contains(strings.Join(d.Warnings, "\n"), "its conflicts are unknown") {
+		t.Errorf("warnings: got %q, want one that conflicts are unknown", d.Warnings)
+	}
+	if got, want := d.Junction.Conflicts[0], []int{4, 5}; !reflect.DeepEqual(got, want) {
+		t.Errorf("conflicts of group 0: got %v, want %v, all that is never green with it", got, want)
+	}
+}
+
 func TestCrossingGreensOfTheMapAreDeclared(t *testing.T) {
 	s := cross(t)
 	// The author of this program lets the left turn 11 and the opposing 4 run

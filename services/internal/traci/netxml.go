@@ -19,8 +19,11 @@ type network struct {
 	lane      map[string]int
 	edges     map[string][]int // lanes of an edge, from the right
 	links     []link
+	leaving   map[int][]int // links by the lane that they come from
+	reaching  map[int][]int // links by the lane that they lead to
 	junctions []netJunction
-	logics    []logic // in the order of the file, one an id: the last program wins, as in SUMO
+	node      map[string]int // junction by the lanes that come to it
+	logics    []logic        // in the order of the file, one an id: the last program wins, as in SUMO
 }
 
 type location struct {
@@ -99,7 +102,10 @@ type xmlLogic struct {
 }
 
 func readNetwork(path string) (*network, error) {
-	n := &network{file: path, lane: map[string]int{}, edges: map[string][]int{}}
+	n := &network{
+		file: path, lane: map[string]int{}, edges: map[string][]int{},
+		leaving: map[int][]int{}, reaching: map[int][]int{}, node: map[string]int{},
+	}
 	if err := readXML(path, n.parse); err != nil {
 		return nil, err
 	}
@@ -189,6 +195,11 @@ func (n *network) parse(in io.Reader) error {
 			for _, r := range x.Requests {
 				j.requests = append(j.requests, request{r.Index, r.Response, r.Foes})
 			}
+			if j.kind != "internal" { // which lists the lanes of its junction again
+				for _, id := range j.incoming {
+					n.node[id] = len(n.junctions)
+				}
+			}
 			n.junctions = append(n.junctions, j)
 		case "connection":
 			var x struct {
@@ -235,6 +246,8 @@ func (n *network) parse(in io.Reader) error {
 				return fmt.Errorf("<connection from=%q tl=%q>: linkIndex %q is no number from 0", c.From, c.TL, c.Index)
 			}
 		}
+		n.leaving[l.from] = append(n.leaving[l.from], len(n.links))
+		n.reaching[l.to] = append(n.reaching[l.to], len(n.links))
 		n.links = append(n.links, l)
 	}
 	return nil
