@@ -350,11 +350,11 @@ func (l *consumeLoop) settle(ctx, work context.Context, m *Msg, err error, again
 			}
 			return
 		}
-		switch k := kind.Of(err); k {
-		case kind.Invalid, kind.Conflict, kind.NotFound, kind.Denied:
+		switch k := kind.Of(err); {
+		case final(k):
 			l.bury(ctx, m, k.String(), err)
 			return
-		case kind.Unavailable: // call gave up because ctx has ended
+		case k == kind.Unavailable: // call gave up because ctx has ended
 			l.giveBack(m)
 			return
 		default:
