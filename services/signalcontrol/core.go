@@ -92,12 +92,24 @@ type Refusal struct {
 // restarts without anything being stored.
 const perBlock = 1 << 16
 
-// Decide returns the commands that follow from the accepted frames of the block
+// Decide returns what [Core.Commands] does, each command signed.
+func (c *Core) Decide(now time.Time, height ledger.Height, frames []*traffic.Frame,
+	junction func(traffic.JunctionID) (*traffic.Junction, bool)) ([]Order, []Refusal) {
+	commands, refused := c.Commands(now, height, frames, junction)
+	orders := make([]Order, len(commands))
+	for i := range commands {
+		e := identity.Sign(c.cfg.Key, identity.KindCommand, identity.Protobuf, wire.EncodeCommand(&commands[i]))
+		orders[i] = Order{Command: commands[i], Envelope: e.Marshal()}
+	}
+	return orders, refused
+}
+
+// Commands returns the commands that follow from the accepted frames of the block
 // at height, in the order of the frames. Of several periodic frames of one
 // junction the newest counts; frames sent at events do not ask for a decision.
 // junction returns the definition in force.
-func (c *Core) Decide(now time.Time, height ledger.Height, frames []*traffic.Frame,
-	junction func(traffic.JunctionID) (*traffic.Junction, bool)) ([]Order, []Refusal) {
+func (c *Core) Commands(now time.Time, height ledger.Height, frames []*traffic.Frame,
+	junction func(traffic.JunctionID) (*traffic.Junction, bool)) ([]traffic.Command, []Refusal) {
 	newest := make(map[traffic.JunctionID]*traffic.Frame, len(frames))
 	for _, f := range frames {
 		if f.Interval <= 0 {
@@ -107,7 +119,7 @@ func (c *Core) Decide(now time.Time, height ledger.Height, frames []*traffic.Fra
 			newest[f.Junction] = f
 		}
 	}
-	var orders []Order
+	var commands []traffic.Command
 	var refused []Refusal
 	for _, f := range frames {
 		if newest[f.Junction] != f {
@@ -123,33 +135,31 @@ func (c *Core) Decide(now time.Time, height ledger.Height, frames []*traffic.Fra
 			refused = append(refused, Refusal{f.Junction, f.FrameKey, false, "junction is not in the registry"})
 			continue
 		}
-		o, err := c.decide(now, height, j, f)
+		cmd, err := c.decide(now, height, j, f)
 		if err != nil {
 			refused = append(refused, Refusal{f.Junction, f.FrameKey, false, err.Error()})
 			continue
 		}
-		orders = append(orders, o)
+		commands = append(commands, cmd)
 	}
-	return orders, refused
+	return commands, refused
 }
 
-func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, f *traffic.Frame) (Order, error) {
+func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, f *traffic.Frame) (traffic.Command, error) {
 	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], timing.Observe(j, f))
 	c.memory[j.ID] = m
 	if d.Stage < 0 || d.Stage >= len(j.Stages) {
-		return Order{}, fmt.Errorf("controller %s wants stage %d of %d", c.cfg.Controller.Name, d.Stage, len(j.Stages))
+		return traffic.Command{}, fmt.Errorf("controller %s wants stage %d of %d", c.cfg.Controller.Name, d.Stage, len(j.Stages))
 	}
 	seq := uint64(height) * perBlock
 	if last := c.last[j.ID]; seq <= last {
 		seq = last + 1
 	}
 	c.last[j.ID] = seq
-	cmd := traffic.Command{
+	return traffic.Command{
 		District: c.cfg.District, Junction: j.ID, Seq: seq, Height: uint64(height), RestsOn: f.FrameKey,
 		Policy: c.cfg.Policy, PolicyVersion: c.cfg.PolicyVersion,
 		Controller: c.cfg.Controller.Name, ControllerVersion: c.cfg.Controller.Version,
 		Issued: now, Expires: now.Add(Validity), Stage: d.Stage, Rule: d.Rule,
-	}
-	e := identity.Sign(c.cfg.Key, identity.KindCommand, identity.Protobuf, wire.EncodeCommand(&cmd))
-	return Order{Command: cmd, Envelope: e.Marshal()}, nil
+	}, nil
 }
