@@ -199,7 +199,7 @@ func TestConflictsWithoutInternalLanes(t *testing.T) {
 	if !strings.Contains(strings.Join(d.Warnings, "\n"), "its conflicts are unknown") {
 		t.Errorf("warnings: got %q, want one that conflicts are unknown", d.Warnings)
 	}
-	if got, want := d.Junction.Conflicts[0], []int{4, 5}; !reflect.DeepEqual(got, want) {
+	if got, want := d.Junction.Conflicts[0], []int{3, 4, 5}; !reflect.DeepEqual(got, want) {
 		t.Errorf("conflicts of group 0: got %v, want %v, all that is never green with it", got, want)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -381,6 +382,69 @@ func TestOpenRefuses(t *testing.T) {
 			if !strings.Contains(err.Error(), want) {
 				t.Errorf("got %v, want %q in it", err, want)
 			}
+		}
+	}
+}
+
+// Drivers of different junctions may be used at once between steps; the race
+// detector looks on.
+func TestDriversMayBeUsedAtOnce(t *testing.T) {
+	needSUMO(t)
+	w := open(t, cross(t), Options{})
+	for range 5 {
+		var wait sync.WaitGroup
+		for _, j := range w.Junctions() {
+			wait.Go(func() {
+				d, err := w.Driver(j.ID)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if _, err := d.Sense(); err != nil {
+					t.Error(err)
+				}
+				if err := d.Show(j.Stages[0].State); err != nil {
+					t.Error(err)
+				}
+				if _, err := d.Observed(); err != nil {
+					t.Error(err)
+				}
+				w.Now()
+			})
+		}
+		wait.Wait()
+		if _, err := w.Step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A step of a map in its hour, with all junctions sensed, under the map's own
+// programs. Most of it is SUMO's own work.
+func BenchmarkStep(b *testing.B) {
+	needSUMO(b)
+	for _, name := range []string{"ingolstadt1", "ingolstadt7"} {
+		for _, sensing := range []Sensing{SensingDetectors, SensingOracle} {
+			b.Run(fmt.Sprintf("map=%s/sensing=%s", name, sensing), func(b *testing.B) {
+				s := sharedScenario(b, name)
+				s.End = -1 // for as many steps as are asked for
+				w := open(b, s, Options{Sensing: sensing})
+				for range 900 { // until the streets have filled
+					if _, err := w.Step(); err != nil {
+						b.Fatal(err)
+					}
+				}
+				for b.Loop() {
+					for i := range w.derived {
+						if _, err := (&Driver{w, i}).Sense(); err != nil {
+							b.Fatal(err)
+						}
+					}
+					if _, err := w.Step(); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
 		}
 	}
 }
