@@ -228,7 +228,7 @@ type Scanner struct {
 // NewScanner reads and checks the segment's header. first is the record that
 // the segment's name promises.
 func NewScanner(r io.Reader, file string, first uint64) (*Scanner, error) {
-	s := &Scanner{r: bufio.NewReaderSize(r, 256<<10), file: file, next: first, start: first}
+	s := &Scanner{r: bufio.NewReaderSize(r, 64<<10), file: file, next: first, start: first}
 	var b [HeaderSize]byte
 	switch n, err := io.ReadFull(s.r, b[:]); {
 	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
@@ -250,7 +250,7 @@ func NewScanner(r io.Reader, file string, first uint64) (*Scanner, error) {
 // ResumeScanner continues at an offset where an append with the given first
 // record is due.
 func ResumeScanner(r io.Reader, file string, offset int64, record uint64) *Scanner {
-	return &Scanner{r: bufio.NewReaderSize(r, 256<<10), file: file, offset: offset, next: record, start: record}
+	return &Scanner{r: bufio.NewReaderSize(r, 64<<10), file: file, offset: offset, next: record, start: record}
 }
 
 // Offset is where the next append begins; Next the number of its first record.
