@@ -321,6 +321,22 @@ func BlockFromProto(m *pb.Block) (*ledger.Block, error) {
 	return b, nil
 }
 
+// EncodeQuarantined returns the bytes of a record that was refused. Its reason
+// must be valid UTF-8.
+func EncodeQuarantined(m *pb.Quarantined) []byte { return marshal(m) }
+
+// DecodeQuarantined decodes a record that was refused.
+func DecodeQuarantined(b []byte) (*pb.Quarantined, error) {
+	var m pb.Quarantined
+	if err := Decode(identity.Protobuf, b, &m); err != nil {
+		return nil, err
+	}
+	if len(m.Salt) != len(ledger.Salt{}) {
+		return nil, kind.Errorf(kind.Invalid, "quarantined: salt: %d bytes, must be 32", len(m.Salt))
+	}
+	return &m, nil
+}
+
 // EncodeBlock returns a block's bytes.
 func EncodeBlock(m *pb.Block) []byte { return marshal(m) }
 
