@@ -1,0 +1,174 @@
+package consensus
+
+import (
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/bus"
+)
+
+// Limits on what is decided at once. A message of ACCEPTED that is larger than a
+// request may be is cut into several, the same at every validator.
+const (
+	// MaxRequest is the largest request, bytes.
+	MaxRequest = 1 << 20
+	// MaxRequestRecords is how many records a request may hold.
+	MaxRequestRecords = 1024
+	// MaxBlockRecords is how many records a block may hold: what four validators
+	// on two cores check in a fraction of a second.
+	MaxBlockRecords = 2048
+
+	// poolRequests and poolRecords bound what a validator takes from ACCEPTED
+	// before it is decided: about 300 ms of work, so that a request that waits
+	// longer than Timing.Forward says something about the leader and not about
+	// the load.
+	poolRequests = 64
+	poolRecords  = 2 * MaxBlockRecords
+)
+
+// maxPayload bounds a proposal's payload so that the largest message between n
+// validators fits topic.MaxPayload: a new view, in which a quorum of validators
+// each repeat their last decision and the proposal in hand.
+func maxPayload(n int) int {
+	const perProposal = 8 << 10 // headers, votes, signatures, framing
+	return min(2<<20, topic.MaxPayload/(2*ledger.Quorum(n))-perProposal)
+}
+
+// Timing says how long to wait for what, on the wall clock. The defaults suit
+// validators on one machine or in one building.
+type Timing struct {
+	// Tick is how often timers are looked at. Default 20 ms.
+	Tick time.Duration
+	// BatchWait is how long the leader waits for more requests to propose
+	// together. Default 5 ms.
+	BatchWait time.Duration
+	// Heartbeat is how long a leader may be silent. Default 700 ms.
+	Heartbeat time.Duration
+	// Forward is how long a request may wait before it is passed to the leader,
+	// which may not have seen it, and Complain how much longer before the leader
+	// is held to be stalled. Defaults 400 ms, 900 ms.
+	Forward, Complain time.Duration
+	// ViewChange is how long replacing a leader may take before the next is
+	// tried, ViewChangeResend how often the call for it is repeated. Defaults 1 s,
+	// 100 ms.
+	ViewChange, ViewChangeResend time.Duration
+	// Behind is how long a follower may be one block behind before it fetches it.
+	// Default 200 ms.
+	Behind time.Duration
+	// Collect is how long to wait for peers' word on which view it is. Default
+	// 200 ms.
+	Collect time.Duration
+	// Resend is when a vote is sent again to a peer that did not move on, first;
+	// each next time takes twice as long. Default 100 ms.
+	Resend time.Duration
+	// Fetch is how long to wait for a peer's blocks. Default 500 ms.
+	Fetch time.Duration
+	// Meet is how often a starting validator asks its peers whether they know a
+	// later start of its own. Default 50 ms.
+	Meet time.Duration
+}
+
+func (t Timing) withDefaults() Timing {
+	or := func(d *time.Duration, def time.Duration) {
+		if *d == 0 {
+			*d = def
+		}
+	}
+	or(&t.Tick, 20*time.Millisecond)
+	or(&t.BatchWait, 5*time.Millisecond)
+	or(&t.Heartbeat, 700*time.Millisecond)
+	or(&t.Forward, 400*time.Millisecond)
+	or(&t.Complain, 900*time.Millisecond)
+	or(&t.ViewChange, time.Second)
+	or(&t.ViewChangeResend, 100*time.Millisecond)
+	or(&t.Behind, 200*time.Millisecond)
+	or(&t.Collect, 200*time.Millisecond)
+	or(&t.Resend, 100*time.Millisecond)
+	or(&t.Fetch, 500*time.Millisecond)
+	or(&t.Meet, 50*time.Millisecond)
+	return t
+}
+
+// Config configures one validator.
+type Config struct {
+	// District that the validator agrees for. Must be the genesis document's.
+	District traffic.DistrictID
+	// Number of the validator in the registry, from 1.
+	Number uint64
+	// VoteKey signs votes and, under another domain line, messages to the other
+	// validators. Its public half is in the registry.
+	VoteKey ed25519.PrivateKey
+	// CosignKey signs checkpoints. Its public half is in the registry.
+	CosignKey ed25519.PrivateKey
+	// Genesis is the district's genesis document, the exact bytes.
+	Genesis []byte
+	// Dir is the validator's own folder: blocks, payloads, journal, snapshot.
+	Dir string
+	// Bus is the validator's own connection. The streams must be declared.
+	Bus *bus.Bus
+	// Now is the clock for block times and cosignatures. Optional: time.Now.
+	Now func() time.Time
+	// Logger is optional.
+	Logger *slog.Logger
+	// Timing is optional.
+	Timing Timing
+	// SnapshotEvery is after how many blocks the state is written down, so that
+	// a start has no more than that to replay. Default 200.
+	SnapshotEvery int
+	// SegmentBytes is the size of the files that blocks and payloads are stored
+	// in. Default 64 MiB.
+	SegmentBytes int64
+}
+
+// Validate reports everything that is wrong with c.
+func (c Config) Validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf("consensus: "+format, args...)) }
+	if c.District == "" {
+		bad("District: must not be empty")
+	}
+	if c.Number == 0 {
+		bad("Number: must be positive")
+	}
+	if len(c.VoteKey) != ed25519.PrivateKeySize {
+		bad("VoteKey: missing")
+	}
+	if len(c.CosignKey) != ed25519.PrivateKeySize {
+		bad("CosignKey: missing")
+	}
+	if len(c.VoteKey) == ed25519.PrivateKeySize && c.VoteKey.Equal(c.CosignKey) {
+		bad("CosignKey: must not be the vote key")
+	}
+	if len(c.Genesis) == 0 {
+		bad("Genesis: missing")
+	}
+	if c.Dir == "" {
+		bad("Dir: must not be empty")
+	}
+	if c.SnapshotEvery < 0 {
+		bad("SnapshotEvery: must not be negative")
+	}
+	t := c.Timing.withDefaults()
+	for name, d := range map[string]time.Duration{
+		"Tick": t.Tick, "BatchWait": t.BatchWait, "Heartbeat": t.Heartbeat, "Forward": t.Forward, "Complain": t.Complain,
+		"ViewChange": t.ViewChange, "ViewChangeResend": t.ViewChangeResend, "Behind": t.Behind, "Collect": t.Collect,
+		"Resend": t.Resend, "Fetch": t.Fetch, "Meet": t.Meet,
+	} {
+		if d < 0 {
+			bad("Timing.%s: must not be negative", name)
+		}
+	}
+	if t.Forward > t.Complain {
+		bad("Timing.Forward: %v is longer than Complain, %v", t.Forward, t.Complain)
+	}
+	if t.ViewChangeResend > t.ViewChange {
+		bad("Timing.ViewChangeResend: %v is longer than ViewChange, %v", t.ViewChangeResend, t.ViewChange)
+	}
+	return errors.Join(errs...)
+}

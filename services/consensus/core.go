@@ -1,0 +1,629 @@
+package consensus
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/services/internal/seglog"
+	"github.com/stopline-traffic/stopline/services/internal/wire"
+)
+
+// core is a validator without its network: state, stores, keys and rules.
+type core struct {
+	self    uint64
+	key     ed25519.PrivateKey
+	genesis *identity.Genesis
+	now     func() time.Time
+	log     *slog.Logger
+	codec   codec
+	journal *journal
+	store   *store
+	dir     string
+	every   ledger.Height
+	limit   int // of a proposal's payload
+	count   *counters
+
+	// validators are those of genesis: until there is a change of members, votes
+	// of all blocks are checked against them.
+	validators []identity.Validator
+
+	// mu guards the state and what is computed on it. Blocks are executed with it
+	// held: once each, as the next needs the result.
+	mu       sync.Mutex
+	state    *state
+	verifier *identity.Verifier
+	// outcomes of proposals on the current state, by their encoded header.
+	outcomes map[string]*outcome
+	// requests that were decoded, and mostly checked, before they were proposed.
+	requests map[ledger.Hash]*request
+	// proposed is what we proposed last: never another in the same slot.
+	proposed struct {
+		at       slot
+		metadata string
+		proposal proposal
+	}
+
+	// decided is called with each new block, in order, with mu held; it must not
+	// block.
+	decided func(b *pb.Block, o *outcome)
+
+	snapshots sync.WaitGroup
+	writing   sync.Mutex // one snapshot at a time
+}
+
+func openCore(c Config, cd codec, count *counters) (*core, error) {
+	st, g, err := newState(c.Genesis)
+	if err != nil {
+		return nil, err
+	}
+	if g.District != c.District {
+		return nil, fmt.Errorf("genesis: district %q, this is %q", g.District, c.District)
+	}
+	k := &core{
+		self: c.Number, key: c.VoteKey, genesis: g, now: c.Now, log: c.Logger, codec: cd, dir: c.Dir, count: count,
+		every: ledger.Height(c.SnapshotEvery), validators: st.registry.Validators(), state: st,
+		verifier: identity.NewVerifier(), outcomes: map[string]*outcome{}, requests: map[ledger.Hash]*request{},
+	}
+	if k.limit = maxPayload(len(k.validators)); k.limit < MaxRequest+4 {
+		return nil, fmt.Errorf("genesis: %d validators are too many: a view change would not fit a message", len(k.validators))
+	}
+	me, ok := k.validator(c.Number)
+	switch {
+	case !ok:
+		return nil, fmt.Errorf("genesis: no validator %d", c.Number)
+	case !ed25519.PublicKey(me.VoteKey).Equal(c.VoteKey.Public()):
+		return nil, fmt.Errorf("genesis: validator %d: the vote key is another", c.Number)
+	case !ed25519.PublicKey(me.CosignKey).Equal(c.CosignKey.Public()):
+		return nil, fmt.Errorf("genesis: validator %d: the cosigning key is another", c.Number)
+	}
+	o := seglog.Options{SegmentBytes: c.SegmentBytes}
+	if k.store, err = openStore(c.Dir, o); err != nil {
+		return nil, err
+	}
+	if err := k.recover(c.Genesis); err != nil {
+		return nil, errors.Join(err, k.store.close())
+	}
+	if k.journal, err = openJournal(filepath.Join(c.Dir, "journal"), seglog.Options{SegmentBytes: 16 << 20}, cd.votes); err != nil {
+		return nil, errors.Join(err, k.store.close())
+	}
+	k.journal.settled(k.state.height())
+	return k, nil
+}
+
+func (k *core) close() error {
+	k.snapshots.Wait()
+	return errors.Join(k.journal.close(), k.store.close())
+}
+
+func (k *core) validator(n uint64) (identity.Validator, bool) {
+	i := slices.IndexFunc(k.validators, func(v identity.Validator) bool { return v.Number == n })
+	if i < 0 {
+		return identity.Validator{}, false
+	}
+	return k.validators[i], true
+}
+
+func (k *core) numbers() []uint64 {
+	out := make([]uint64, len(k.validators))
+	for i, v := range k.validators {
+		out[i] = v.Number
+	}
+	return out
+}
+
+// recover loads the snapshot, if there is a good one, and replays the blocks
+// after it with the function that applies decided blocks.
+func (k *core) recover(genesis []byte) error {
+	b, err := readFile(k.snapshotPath())
+	if err != nil {
+		return err
+	}
+	if b != nil {
+		if err := k.loadSnapshot(b); err != nil {
+			// Everything in it can be computed again from the blocks.
+			k.log.Warn("snapshot not used", "err", err)
+			if k.state, _, err = newState(genesis); err != nil {
+				return err
+			}
+		}
+	}
+	from := k.state.height()
+	for h := from + 1; h <= k.store.height(); h++ {
+		m, err := k.store.block(h)
+		if err != nil {
+			return err
+		}
+		if _, err := k.applyBlock(m, false); err != nil {
+			return fmt.Errorf("replaying: %w", err)
+		}
+	}
+	if h := k.state.height(); h > 0 {
+		k.log.Info("state recovered", "height", uint64(h), "snapshot", uint64(from))
+	}
+	return nil
+}
+
+func (k *core) loadSnapshot(b []byte) error {
+	if err := k.state.unmarshal(b); err != nil {
+		return err
+	}
+	if k.state.last == nil {
+		return nil
+	}
+	h, err := k.store.header(k.state.last.Height)
+	if err != nil {
+		return err
+	}
+	if h.Hash() != k.state.hash() {
+		return fmt.Errorf("snapshot: block %d is another in the store", h.Height)
+	}
+	return nil
+}
+
+func (k *core) snapshotPath() string { return filepath.Join(k.dir, "snapshot") }
+
+// snapshot writes the state down beside other work. It needs mu.
+func (k *core) snapshot() {
+	b, err := k.state.marshal()
+	if err != nil {
+		k.log.Error("snapshot failed", "err", err)
+		return
+	}
+	k.snapshots.Go(func() {
+		k.writing.Lock()
+		defer k.writing.Unlock()
+		if err := replaceFile(k.snapshotPath(), b); err != nil {
+			k.log.Error("snapshot failed", "err", err) // the blocks have it all
+		}
+	})
+}
+
+// height returns that of the last block applied.
+func (k *core) height() ledger.Height {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.state.height()
+}
+
+// prepare decodes a request and checks its signatures ahead of the block, so
+// that executing has less to do.
+func (k *core) prepare(raw []byte, v *identity.Verifier) (*request, error) {
+	r, err := parseRequest(raw)
+	if err != nil {
+		return nil, err
+	}
+	k.mu.Lock()
+	reg := k.state.registry
+	k.mu.Unlock()
+	r.verify(v, reg)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.state.decided.has(r.id) {
+		k.requests[r.id] = r
+	}
+	return r, nil
+}
+
+// isDecided reports whether a request was decided.
+func (k *core) isDecided(id ledger.Hash) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.state.decided.has(id)
+}
+
+// request returns the decoded form of a request. It needs mu.
+func (k *core) request(raw []byte) (*request, error) {
+	if r, ok := k.requests[ledger.RequestID(raw)]; ok {
+		return r, nil
+	}
+	return parseRequest(raw)
+}
+
+// A payload is the batches, each with its length before it as a big-endian
+// uint32.
+
+func encodePayload(batches [][]byte) []byte {
+	n := 0
+	for _, b := range batches {
+		n += 4 + len(b)
+	}
+	out := make([]byte, 0, n)
+	for _, b := range batches {
+		out = binary.BigEndian.AppendUint32(out, uint32(len(b)))
+		out = append(out, b...)
+	}
+	return out
+}
+
+func decodePayload(b []byte) ([][]byte, error) {
+	var out [][]byte
+	for len(b) > 0 {
+		if len(b) < 4 || uint64(len(b)-4) < uint64(binary.BigEndian.Uint32(b)) {
+			return nil, fmt.Errorf("payload: batches[%d]: truncated", len(out))
+		}
+		n := 4 + int(binary.BigEndian.Uint32(b))
+		out = append(out, b[4:n:n])
+		b = b[n:]
+	}
+	return out, nil
+}
+
+// assemble proposes the next block: the requests that are not decided yet, as
+// many as fit.
+func (k *core) assemble(at slot, metadata []byte, raws [][]byte) proposal {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if p := k.proposed; p.at == at && p.metadata == string(metadata) {
+		return p.proposal // asked twice, we say the same
+	}
+	var rs []*request
+	records, size := 0, 0
+	seen := map[ledger.Hash]bool{}
+	for _, raw := range raws {
+		r, err := k.request(raw)
+		if err != nil || seen[r.id] || k.state.decided.has(r.id) {
+			continue
+		}
+		if records+len(r.candidates) > MaxBlockRecords && len(rs) > 0 || size+4+len(raw) > k.limit {
+			break
+		}
+		seen[r.id] = true
+		rs = append(rs, r)
+		records += len(r.candidates)
+		size += 4 + len(raw)
+	}
+	// To the clock's reading, or to just after the parent where the clock has not
+	// moved since.
+	t := k.now().UTC().Round(0)
+	if parent := k.state.time(); !t.After(parent) {
+		t = parent.Add(time.Nanosecond)
+	}
+	o := k.state.execute(k.verifier, t, rs)
+	header := o.header.Marshal()
+	k.outcomes[string(header)] = o
+	p := proposal{Header: header, Payload: encodePayload(o.batches), Metadata: metadata}
+	k.proposed.at, k.proposed.metadata, k.proposed.proposal = at, string(metadata), p
+	return p
+}
+
+// refusal is why a proposal is not voted for; its reason is a metric's label.
+type refusal struct {
+	reason string
+	err    error
+}
+
+func (r *refusal) Error() string { return "proposal: " + r.reason + ": " + r.err.Error() }
+func (r *refusal) Unwrap() error { return r.err }
+
+// The reasons for which a proposal is refused.
+const (
+	refusedForm     = "form"     // not decodable, or larger than allowed
+	refusedPosition = "position" // not the next height, or metadata of another
+	refusedParent   = "parent"
+	refusedTime     = "time"
+	refusedDecided  = "decided" // holds a request that was decided, or one twice
+	refusedRequest  = "request" // holds a batch that is none
+	refusedHeader   = "header"  // does not follow from the records
+	refusedVote     = "vote"    // we voted otherwise in this slot
+)
+
+func refuse(reason, format string, args ...any) error {
+	return &refusal{reason, fmt.Errorf(format, args...)}
+}
+
+// verify checks a proposal by everything that a vote for it says, from its own
+// bytes and the state after its parent.
+func (k *core) verify(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) {
+	ids, err := k.check(at, d, p)
+	var r *refusal
+	if errors.As(err, &r) {
+		k.count.refuse(r.reason)
+		k.log.Warn("proposal refused", "view", at.View, "height", uint64(at.Height), "reason", r.reason, "err", r.err)
+	}
+	return ids, err
+}
+
+func (k *core) check(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) {
+	if len(p.Payload) > k.limit {
+		return nil, refuse(refusedForm, "payload: %d bytes, at most %d", len(p.Payload), k.limit)
+	}
+	h, err := ledger.ParseHeader(p.Header)
+	if err != nil {
+		return nil, refuse(refusedForm, "%w", err)
+	}
+	if h.Height != at.Height {
+		return nil, refuse(refusedPosition, "height: %d in a proposal for %d", h.Height, at.Height)
+	}
+	if err := k.journal.allows(vote{at, d}); err != nil {
+		return nil, refuse(refusedVote, "%w", err)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case h.Height != k.state.height()+1:
+		return nil, refuse(refusedPosition, "height: %d after %d", h.Height, k.state.height())
+	case h.Parent != k.state.hash() || h.Genesis != k.state.genesis:
+		return nil, refuse(refusedParent, "parent: is not the block before")
+	case !h.Time.After(k.state.time()):
+		return nil, refuse(refusedTime, "time: %v is not later than the parent's, %v", h.Time, k.state.time())
+	}
+	if now := k.now(); h.Time.After(now.Add(ledger.MaxAhead)) {
+		return nil, refuse(refusedTime, "time: %v is more than %v ahead of the clock, %v", h.Time, ledger.MaxAhead, now.UTC())
+	}
+	o, err := k.execute(h, p)
+	if err != nil {
+		return nil, err
+	}
+	return o.ids, nil
+}
+
+// execute returns the outcome of a proposal on the current state, computing it
+// if that was not done before. It needs mu.
+func (k *core) execute(h ledger.Header, p proposal) (*outcome, error) {
+	batches, err := decodePayload(p.Payload)
+	if err != nil {
+		return nil, refuse(refusedForm, "%w", err)
+	}
+	ids := make([]ledger.Hash, len(batches))
+	for i, b := range batches {
+		ids[i] = ledger.RequestID(b)
+	}
+	if ledger.RequestsDigest(ids) != h.Requests {
+		return nil, refuse(refusedHeader, "requests: the payload is another")
+	}
+	if o, ok := k.outcomes[string(p.Header)]; ok {
+		return o, nil // the header commits to the payload
+	}
+	rs := make([]*request, len(batches))
+	seen := make(map[ledger.Hash]bool, len(ids))
+	records := 0
+	for i, b := range batches {
+		if k.state.decided.has(ids[i]) || seen[ids[i]] {
+			return nil, refuse(refusedDecided, "batches[%d]: %x was decided before", i, ids[i][:8])
+		}
+		seen[ids[i]] = true
+		r, ok := k.requests[ids[i]]
+		if !ok {
+			if r, err = parseRequest(b); err != nil {
+				return nil, refuse(refusedRequest, "batches[%d]: %w", i, err)
+			}
+		}
+		rs[i] = r
+		records += len(r.candidates)
+	}
+	if records > MaxBlockRecords {
+		return nil, refuse(refusedForm, "payload: %d records, at most %d", records, MaxBlockRecords)
+	}
+	o := k.state.execute(k.verifier, h.Time, rs)
+	if o.header != h {
+		return nil, refuse(refusedHeader, "%s", headerDifference(h, o.header))
+	}
+	if len(k.outcomes) >= 8 { // more than there are validators to propose honestly
+		clear(k.outcomes)
+	}
+	k.outcomes[string(p.Header)] = o
+	return o, nil
+}
+
+// headerDifference names the first field in which a header is not what follows
+// from the records.
+func headerDifference(got, want ledger.Header) string {
+	switch {
+	case got.Registry != want.Registry:
+		return fmt.Sprintf("registry: %x, the state after the parent is %x", got.Registry[:8], want.Registry[:8])
+	case got.RegistryVersion != want.RegistryVersion:
+		return fmt.Sprintf("registry_version: %d, want %d", got.RegistryVersion, want.RegistryVersion)
+	case got.Verdicts != want.Verdicts:
+		return "verdicts: do not follow from the records"
+	case got.PrevSize != want.PrevSize || got.Size != want.Size:
+		return fmt.Sprintf("size: %d after %d, want %d after %d", got.Size, got.PrevSize, want.Size, want.PrevSize)
+	case got.Leaves != want.Leaves:
+		return "leaves: do not follow from the records"
+	case got.Root != want.Root:
+		return "root: does not follow from the leaves"
+	}
+	return "the header does not follow from the records"
+}
+
+// signVote signs a proposal. It checks once more what does not depend on the
+// clock: a proposal left over from an earlier view was never shown to verify.
+func (k *core) signVote(at slot, d ledger.Hash, p proposal) ([]byte, error) {
+	if err := k.journal.allows(vote{at, d}); err != nil {
+		return nil, err
+	}
+	h, err := ledger.ParseHeader(p.Header)
+	if err != nil {
+		return nil, err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if h.Parent != k.state.hash() || h.Height != at.Height {
+		return nil, fmt.Errorf("asked to vote for block %d on another parent", h.Height)
+	}
+	if _, err := k.execute(h, p); err != nil {
+		return nil, err
+	}
+	return ed25519.Sign(k.key, ledger.VoteInput(h.Hash(), p.Metadata)), nil
+}
+
+// checkVote verifies a vote, and that the proposal's payload is the one that
+// was voted for.
+func (k *core) checkVote(p proposal, v ledger.Vote) error {
+	h, err := ledger.ParseHeader(p.Header)
+	if err != nil {
+		return err
+	}
+	ids := k.requestsOf(p)
+	if ledger.RequestsDigest(ids) != h.Requests {
+		return fmt.Errorf("block %d: requests: the payload is another", h.Height)
+	}
+	val, ok := k.validator(v.Validator)
+	if !ok {
+		return fmt.Errorf("block %d: no validator %d", h.Height, v.Validator)
+	}
+	if !identity.VerifyBytes([]byte(val.VoteKey), ledger.VoteInput(h.Hash(), p.Metadata), v.Signature) {
+		return fmt.Errorf("block %d: vote of validator %d: signature is not valid", h.Height, v.Validator)
+	}
+	return nil
+}
+
+// requestsOf returns the ids of a proposal's requests; of a payload that is
+// none, nothing, which no header but that of an empty block matches.
+func (k *core) requestsOf(p proposal) []ledger.Hash {
+	batches, err := decodePayload(p.Payload)
+	if err != nil {
+		return []ledger.Hash{{}}
+	}
+	ids := make([]ledger.Hash, len(batches))
+	for i, b := range batches {
+		ids[i] = ledger.RequestID(b)
+	}
+	return ids
+}
+
+const viewDomain = "stopline view data v1\n"
+
+func (k *core) viewInput(b []byte) []byte {
+	in := append([]byte(viewDomain), k.state.genesis[:]...) // genesis never changes
+	return append(in, b...)
+}
+
+func (k *core) signView(b []byte) []byte { return ed25519.Sign(k.key, k.viewInput(b)) }
+
+func (k *core) checkView(from uint64, b, sig []byte) error {
+	v, ok := k.validator(from)
+	if !ok {
+		return fmt.Errorf("view data: no validator %d", from)
+	}
+	if !identity.VerifyBytes([]byte(v.VoteKey), k.viewInput(b), sig) {
+		return fmt.Errorf("view data of validator %d: signature is not valid", from)
+	}
+	return nil
+}
+
+// apply makes a decided proposal durable, then the state. An error means that
+// this validator cannot go on: a quorum has decided otherwise than it computes,
+// or its disk has failed.
+func (k *core) apply(p proposal, votes []ledger.Vote) error {
+	batches, err := decodePayload(p.Payload)
+	if err != nil {
+		return err
+	}
+	h, err := ledger.ParseHeader(p.Header)
+	if err != nil {
+		return err
+	}
+	votes = slices.Clone(votes)
+	slices.SortFunc(votes, func(a, b ledger.Vote) int { return int(a.Validator) - int(b.Validator) })
+	m := wire.BlockToProto(&ledger.Block{Header: h, Metadata: p.Metadata, Votes: votes}, batches, nil)
+	_, err = k.applyBlock(m, true)
+	return err
+}
+
+// errAhead means that a block is not the next.
+var errAhead = errors.New("not the next block")
+
+// applyBlock executes a decided block on the state, checks it with its votes,
+// stores it if asked to, and advances. It is the one way by which the state
+// changes: on Deliver, on catching up and on replay.
+func (k *core) applyBlock(m *pb.Block, storeIt bool) (*outcome, error) {
+	h, err := ledger.ParseHeader(m.Header)
+	if err != nil {
+		return nil, err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if h.Height != k.state.height()+1 {
+		return nil, fmt.Errorf("block %d after %d: %w", h.Height, k.state.height(), errAhead)
+	}
+	if h.Parent != k.state.hash() {
+		return nil, fmt.Errorf("block %d: parent: is not the block before", h.Height)
+	}
+	o, err := k.execute(h, proposal{Header: m.Header, Payload: encodePayload(m.Batches), Metadata: m.Metadata})
+	if err != nil {
+		return nil, fmt.Errorf("block %d: %w", h.Height, err)
+	}
+	block := &ledger.Block{Header: h, Leaves: o.leaves, Metadata: m.Metadata}
+	for _, v := range m.Votes {
+		block.Votes = append(block.Votes, ledger.Vote{Validator: v.Validator, Signature: v.Signature})
+	}
+	if err := block.Check(k.state.genesis, k.state.last, k.state.tree.Clone(), k.validators); err != nil {
+		return nil, err
+	}
+	if len(m.Leaves) > 0 && string(m.Leaves) != string(ledger.MarshalLeaves(o.leaves)) {
+		return nil, fmt.Errorf("block %d: leaves: do not follow from the records", h.Height)
+	}
+	if storeIt {
+		if err := k.store.append(block, o.batches, o.verdicts); err != nil {
+			return nil, err
+		}
+	}
+	if err := k.state.advance(o); err != nil {
+		return nil, err
+	}
+	clear(k.outcomes)
+	for _, id := range o.ids {
+		delete(k.requests, id)
+	}
+	if storeIt {
+		k.journal.settled(h.Height)
+		if k.every > 0 && h.Height%k.every == 0 {
+			k.snapshot()
+		}
+	}
+	k.count.block(o)
+	if k.decided != nil {
+		k.decided(wire.BlockToProto(block, o.batches, o.verdicts), o)
+	}
+	return o, nil
+}
+
+// last returns the last decision in the engine's terms.
+func (k *core) last() (decision, error) {
+	h := k.store.height()
+	if h == 0 {
+		return decision{}, nil
+	}
+	m, err := k.store.block(h)
+	if err != nil {
+		return decision{}, err
+	}
+	d := decision{Proposal: proposal{Header: m.Header, Payload: encodePayload(m.Batches), Metadata: m.Metadata}}
+	for _, v := range m.Votes {
+		d.Votes = append(d.Votes, ledger.Vote{Validator: v.Validator, Signature: v.Signature})
+	}
+	return d, nil
+}
+
+// blocks returns consecutive blocks from a height on, at least one if there is
+// one, within the limits.
+func (k *core) blocks(ctx context.Context, from ledger.Height, maxBlocks, maxBytes int) ([]*pb.Block, error) {
+	var out []*pb.Block
+	size := 0
+	for h := from; h > 0 && h <= k.store.height() && len(out) < maxBlocks && ctx.Err() == nil; h++ {
+		m, err := k.store.block(h)
+		if err != nil {
+			return nil, err
+		}
+		for _, b := range m.Batches {
+			size += len(b)
+		}
+		size += len(m.Header) + len(m.Leaves) + 1024
+		if len(out) > 0 && size > maxBytes {
+			break
+		}
+		out = append(out, m)
+	}
+	return out, nil
+}

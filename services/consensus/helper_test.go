@@ -1,0 +1,364 @@
+package consensus
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/bus"
+	"github.com/stopline-traffic/stopline/services/internal/servicetest"
+	"github.com/stopline-traffic/stopline/services/internal/wire"
+)
+
+const harbour = traffic.DistrictID("harbour")
+
+// key returns the same key for the same name in every run.
+func key(format string, args ...any) ed25519.PrivateKey {
+	seed := sha256.Sum256(fmt.Appendf(nil, format, args...))
+	return ed25519.NewKeyFromSeed(seed[:])
+}
+
+func pub(k ed25519.PrivateKey) identity.PublicKey {
+	return identity.PublicKey(k.Public().(ed25519.PublicKey))
+}
+
+func voteKey(n uint64) ed25519.PrivateKey   { return key("vote %d", n) }
+func cosignKey(n uint64) ed25519.PrivateKey { return key("cosign %d", n) }
+
+func junction(id traffic.JunctionID) *traffic.Junction {
+	return &traffic.Junction{
+		ID: id,
+		Lanes: []traffic.Lane{
+			{ID: "in", LengthCM: 9000, SpeedCMS: 1390, Capacity: 12, To: id},
+			{ID: "out", LengthCM: 12000, SpeedCMS: 1390, Capacity: 16, From: id},
+		},
+		Groups:    []traffic.Group{{Name: "a", Kind: traffic.Vehicles}, {Name: "b", Kind: traffic.Vehicles}},
+		Movements: []traffic.Movement{{From: "in", To: "out", Group: 0, SaturationPerHour: 1800}, {From: "in", To: "out", Group: 1, SaturationPerHour: 1800}},
+		Detectors: []traffic.Detector{{ID: "stop", Kind: traffic.StopLine, Lane: "in", LengthCM: 200, Movements: []int{0}, Group: -1}},
+		Conflicts: [][]int{{1}, {0}},
+		Stages:    []traffic.Stage{{Name: "a", State: "Gr"}, {Name: "b", State: "rG"}},
+		Timing:    traffic.Timing{MinGreenMS: 5000, YellowMS: 3000, AllRedMS: 1000},
+		Plan:      traffic.Plan{Name: "p", Steps: []traffic.PlanStep{{Stage: 0, DurationMS: 20000, IntergreenMS: 4000}, {Stage: 1, DurationMS: 20000, IntergreenMS: 4000}}},
+	}
+}
+
+// genesis holds junction j1 with so many devices d1, d2, …, the official
+// registrar, and n validators.
+func genesis(t testing.TB, n, devices int) []byte {
+	t.Helper()
+	g := identity.Genesis{District: harbour, Origin: ledger.Origin(harbour), CreatedUnixMS: time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC).UnixMilli()}
+	add := func(typ identity.EntryType, id string, body any) {
+		b, err := json.Marshal(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.Entries = append(g.Entries, identity.Entry{Type: typ, ID: id, Body: b})
+	}
+	add(identity.TypeJunction, "j1", junction("j1"))
+	for i := 1; i <= devices; i++ {
+		add(identity.TypeDevice, fmt.Sprintf("d%d", i), identity.Device{Junction: "j1", Key: pub(key("device d%d", i))})
+	}
+	add(identity.TypeOfficial, "registrar", identity.Official{Key: pub(key("registrar")), Department: "traffic", Roles: []string{identity.Registrar}})
+	for i := uint64(1); i <= uint64(n); i++ {
+		add(identity.TypeValidator, fmt.Sprint(i), identity.Validator{Number: i, Department: fmt.Sprintf("department %d", i), VoteKey: pub(voteKey(i)), CosignKey: pub(cosignKey(i))})
+	}
+	b, err := json.Marshal(g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// unit signs frames as a roadside unit does.
+type unit struct {
+	id   traffic.DeviceID
+	key  ed25519.PrivateKey
+	seq  uint64
+	prev [32]byte
+}
+
+func newUnit(i int) *unit {
+	return &unit{id: traffic.DeviceID(fmt.Sprintf("d%d", i)), key: key("device d%d", i)}
+}
+
+// frame returns the unit's next frame as a record.
+func (u *unit) frame(at time.Time) *pb.Record {
+	u.seq++
+	p := wire.EncodeFrame(&traffic.Frame{
+		District: harbour, Junction: "j1", FrameKey: traffic.FrameKey{Device: u.id, BootEpoch: 1, Seq: u.seq}, Prev: u.prev,
+		Time: at.UTC(), Interval: time.Second, Readings: []traffic.Reading{{Detector: "stop", Count: 1, OccupancyPermille: 100, SpeedCMS: 900}},
+		Signal: traffic.Signal{State: "Gr", Stage: 0, Mode: traffic.Local},
+	})
+	u.prev = sha256.Sum256(p)
+	return record(identity.Sign(u.key, identity.KindFrame, identity.Protobuf, p))
+}
+
+func record(e identity.Envelope) *pb.Record {
+	raw := e.Marshal()
+	salt := sha256.Sum256(append([]byte("salt"), raw...))
+	return &pb.Record{Envelope: raw, Salt: salt[:], ReceivedUnixNano: 1}
+}
+
+// change returns a registry record signed by the registrar.
+func change(t testing.TB, nonce uint64, action string, typ identity.EntryType, id string, body any) *pb.Record {
+	t.Helper()
+	c := identity.Change{District: harbour, Action: action, Type: typ, ID: id, Nonce: nonce}
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Body = b
+	}
+	p, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return record(identity.Sign(key("registrar"), identity.KindRegistry, identity.JSON, p))
+}
+
+func batch(rs ...*pb.Record) []byte { return wire.EncodeBatch(&pb.Batch{Records: rs}) }
+
+// cluster is a district's validators around one server.
+type cluster struct {
+	t       testing.TB
+	server  *bus.Server
+	bus     *bus.Bus // the test's own
+	genesis []byte
+	dir     string
+	timing  Timing
+	now     func() time.Time
+	nodes   []*node // by number - 1
+}
+
+type node struct {
+	v    *Validator
+	bus  *bus.Bus
+	stop context.CancelFunc
+	done chan error
+}
+
+func newCluster(t testing.TB, n int) *cluster {
+	t.Helper()
+	c := &cluster{t: t, server: servicetest.NATS(t), genesis: genesis(t, n, 8), dir: t.TempDir(), nodes: make([]*node, n)}
+	c.bus = servicetest.Connect(t, c.server)
+	if err := c.bus.Declare(context.Background(), topic.Streams(harbour)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for i := range c.nodes {
+			c.stop(uint64(i + 1))
+		}
+	})
+	return c
+}
+
+func (c *cluster) path(n uint64) string { return filepath.Join(c.dir, fmt.Sprint(n)) }
+
+func (c *cluster) config(n uint64, b *bus.Bus) Config {
+	return Config{District: harbour, Number: n, VoteKey: voteKey(n), CosignKey: cosignKey(n), Genesis: c.genesis, Dir: c.path(n), Bus: b,
+		Now: c.now, Logger: servicetest.Logger(c.t), Timing: c.timing, SnapshotEvery: 5}
+}
+
+// start starts validators and returns when they take part.
+func (c *cluster) start(ns ...uint64) {
+	c.t.Helper()
+	for _, n := range ns {
+		b, err := c.server.Connect(fmt.Sprint("validator ", n))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		v, err := New(c.config(n, b))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		nd := &node{v: v, bus: b, stop: cancel, done: make(chan error, 1)}
+		c.nodes[n-1] = nd
+		go func() { nd.done <- v.Run(ctx) }()
+	}
+	for _, n := range ns {
+		nd := c.nodes[n-1]
+		select {
+		case <-nd.v.Ready():
+		case err := <-nd.done:
+			c.t.Fatalf("validator %d ended: %v", n, err)
+		case <-time.After(20 * time.Second):
+			c.t.Fatalf("validator %d does not take part after 20 s: %+v", n, nd.v.Stats())
+		}
+	}
+}
+
+func (c *cluster) all() []uint64 {
+	out := make([]uint64, len(c.nodes))
+	for i := range out {
+		out[i] = uint64(i + 1)
+	}
+	return out
+}
+
+// stop ends validators and waits for them.
+func (c *cluster) stop(ns ...uint64) {
+	c.t.Helper()
+	var wg sync.WaitGroup
+	for _, n := range ns {
+		nd := c.nodes[n-1]
+		if nd == nil {
+			continue
+		}
+		c.nodes[n-1] = nil
+		nd.stop()
+		wg.Go(func() {
+			select {
+			case err := <-nd.done:
+				if err != nil && !errors.Is(err, context.Canceled) {
+					c.t.Errorf("validator %d: %v", n, err)
+				}
+			case <-time.After(20 * time.Second):
+				c.t.Errorf("validator %d does not stop", n)
+			}
+			nd.bus.Close()
+		})
+	}
+	wg.Wait()
+}
+
+// submit stores a batch in ACCEPTED.
+func (c *cluster) submit(b []byte) {
+	c.t.Helper()
+	id := ledger.RequestID(b)
+	if err := c.bus.Publish(context.Background(), topic.Accepted(harbour), fmt.Sprintf("%x", id[:]), b); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// eventually waits until f says yes.
+func eventually(t testing.TB, what string, f func() bool) {
+	t.Helper()
+	end := time.Now().Add(25 * time.Second)
+	for !f() {
+		if time.Now().After(end) {
+			t.Fatalf("did not happen in 25 s: %s", what)
+		}
+		time.Sleep(5 * time.Millisecond) // between looks
+	}
+}
+
+// decided waits until the validators have decided the batch.
+func (c *cluster) decided(b []byte, ns ...uint64) {
+	c.t.Helper()
+	id := ledger.RequestID(b)
+	eventually(c.t, fmt.Sprintf("batch %x decided at %v", id[:4], ns), func() bool {
+		for _, n := range ns {
+			nd := c.nodes[n-1]
+			select {
+			case err := <-nd.done:
+				c.t.Fatalf("validator %d ended: %v", n, err)
+			default:
+			}
+			if !nd.v.core.isDecided(id) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// blocks asks a validator for all its blocks, as anyone may.
+func (c *cluster) blocks(n uint64) []*pb.Block {
+	c.t.Helper()
+	nd := c.nodes[n-1]
+	out, err := nd.v.core.blocks(context.Background(), 1, 1<<20, 1<<30)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return out
+}
+
+// check verifies the chain of every running validator from genesis, and that no
+// two differ in anything but votes. It returns the longest.
+func (c *cluster) check() []*pb.Block {
+	c.t.Helper()
+	g, err := identity.ParseGenesis(c.genesis)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	reg, err := identity.NewRegistry(g)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var longest []*pb.Block
+	for i, nd := range c.nodes {
+		if nd == nil {
+			continue
+		}
+		var parent *ledger.Header
+		tree := &ledger.Frontier{}
+		bs := c.blocks(uint64(i + 1))
+		for h, m := range bs {
+			b, err := wire.BlockFromProto(m)
+			if err != nil {
+				c.t.Fatalf("validator %d: %v", i+1, err)
+			}
+			if err := b.Check(sha256.Sum256(c.genesis), parent, tree, reg.Validators()); err != nil {
+				c.t.Fatalf("validator %d: %v", i+1, err)
+			}
+			parent = &b.Header
+			if h < len(longest) && (!bytes.Equal(m.Header, longest[h].Header) || !bytes.Equal(m.Verdicts, longest[h].Verdicts)) {
+				c.t.Fatalf("validator %d: block %d differs from another validator's", i+1, h+1)
+			}
+		}
+		if len(bs) > len(longest) {
+			longest = bs
+		}
+	}
+	return longest
+}
+
+// where finds a batch: how often it was decided, and the verdicts on its
+// records, from the last time.
+func where(t testing.TB, blocks []*pb.Block, b []byte) (times int, height uint64, verdicts string) {
+	t.Helper()
+	for _, m := range blocks {
+		i := 0
+		for _, have := range m.Batches {
+			pbm, err := wire.DecodeBatch(have)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if bytes.Equal(have, b) {
+				times++
+				h, err := ledger.ParseHeader(m.Header)
+				if err != nil {
+					t.Fatal(err)
+				}
+				height = uint64(h.Height)
+				var s strings.Builder
+				for k := range pbm.Records {
+					if ledger.Verdicts(m.Verdicts).Accepted(i + k) {
+						s.WriteByte('1')
+					} else {
+						s.WriteByte('0')
+					}
+				}
+				verdicts = s.String()
+			}
+			i += len(pbm.Records)
+		}
+	}
+	return times, height, verdicts
+}

@@ -1,0 +1,77 @@
+package consensus
+
+import (
+	"maps"
+	"sync"
+	"sync/atomic"
+
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+)
+
+type counterInt = atomic.Int64
+
+// counters are written by every part of a validator.
+type counters struct {
+	blocks, records, accepted, synced, syncs                   atomic.Uint64
+	sent, resent, received, dropped, invalid                   atomic.Uint64
+	replayed, restored, equivocations, withheld                atomic.Uint64
+	cosigned, cosignRefused, published, publishRetries, badReq atomic.Uint64
+
+	mu      sync.Mutex
+	refused map[string]uint64
+}
+
+func (c *counters) refuse(reason string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.refused == nil {
+		c.refused = map[string]uint64{}
+	}
+	c.refused[reason]++
+}
+
+func (c *counters) block(o *outcome) {
+	c.blocks.Add(1)
+	c.records.Add(uint64(o.records))
+	c.accepted.Add(uint64(o.accepted))
+}
+
+// Stats is what a validator has counted since its start, and where it is.
+type Stats struct {
+	Height ledger.Height
+	// View and Leader are the engine's; 0 while it does not run.
+	View, Leader uint64
+	// Blocks, Records and Accepted count what was applied, replayed blocks
+	// included; Synced the blocks that came from peers, Syncs the attempts.
+	Blocks, Records, Accepted, Synced, Syncs uint64
+	// Refused counts proposals that were not voted for, by reason.
+	Refused map[string]uint64
+	// Messages between validators: sent, of them sent again, received, dropped
+	// for want of room, and not valid by signature or form.
+	Sent, Resent, Received, Dropped, Invalid uint64
+	// Replayed and Restored count valid messages that came twice, and such from
+	// an old start of a peer. Equivocations counts pairs of votes in one slot,
+	// Withheld our own votes that were not sent because they would have been one.
+	Replayed, Restored, Equivocations, Withheld uint64
+	// Cosigned and CosignRefused count answers to sealing.
+	Cosigned, CosignRefused uint64
+	// Published is the height of the last decision in the stream, PublishRetries
+	// how often storing one failed.
+	Published, PublishRetries uint64
+	// BadRequests counts messages of ACCEPTED that are no batch.
+	BadRequests uint64
+}
+
+func (c *counters) stats() Stats {
+	s := Stats{
+		Blocks: c.blocks.Load(), Records: c.records.Load(), Accepted: c.accepted.Load(), Synced: c.synced.Load(), Syncs: c.syncs.Load(),
+		Sent: c.sent.Load(), Resent: c.resent.Load(), Received: c.received.Load(), Dropped: c.dropped.Load(), Invalid: c.invalid.Load(),
+		Replayed: c.replayed.Load(), Restored: c.restored.Load(), Equivocations: c.equivocations.Load(), Withheld: c.withheld.Load(),
+		Cosigned: c.cosigned.Load(), CosignRefused: c.cosignRefused.Load(), Published: c.published.Load(),
+		PublishRetries: c.publishRetries.Load(), BadRequests: c.badReq.Load(),
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.Refused = maps.Clone(c.refused)
+	return s
+}

@@ -1,0 +1,412 @@
+package consensus
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+)
+
+// Bounds of the queues, one of each for every peer. What does not fit is dropped
+// and counted: votes are sent again, and for the rest the engine has timeouts.
+const (
+	queueMessages = 1024
+	queueBytes    = 64 << 20
+	evidenceMost  = 64
+)
+
+// transport carries messages between validators: signed, counted, and until a
+// peer has moved on, again.
+type transport struct {
+	self     uint64
+	district traffic.DistrictID
+	key      ed25519.PrivateKey
+	genesis  ledger.Hash
+	nc       *nats.Conn
+	journal  *journal
+	codec    codec
+	count    *counters
+	log      *slog.Logger
+	resend   time.Duration
+	height   func() ledger.Height
+	// receive takes what was authenticated, one call at a time for each peer.
+	receive func(from uint64, p *parcel, m message)
+	// accuse keeps evidence; it must be durable on return.
+	accuse func(Evidence) error
+
+	peers map[uint64]*peer
+
+	mu    sync.Mutex
+	start start
+}
+
+// begin sets the start that is in every message from now on.
+func (t *transport) begin(s start) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.start = s
+}
+
+func (t *transport) current() start {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.start
+}
+
+// peer is one other validator, as this one sees it.
+type peer struct {
+	number uint64
+	key    identity.PublicKey
+	in     chan []byte
+	inSize counterInt
+
+	mu      sync.Mutex
+	wake    chan struct{}
+	out     []*outgoing
+	outSize int
+	// resends holds our newest message for each phase until the peer is beyond.
+	resends map[phase]*outgoing
+	seq     uint64
+	// decided and voted are how far the peer has shown to be.
+	decided ledger.Height
+	voted   slot
+	// owned by the peer's receiving goroutine
+	inSeq   uint64
+	heard   start
+	maxVote ledger.Height
+	said    map[slot]said
+}
+
+type outgoing struct {
+	kind  parcelKind
+	m     message
+	tries int
+	due   time.Time
+}
+
+// said is a vote of a peer with the bytes that prove it.
+type said struct {
+	digest ledger.Hash
+	proof  []byte
+}
+
+// prepare makes the queues; the fields above peers must be set.
+func (t *transport) prepare(validators []identity.Validator) {
+	t.peers = map[uint64]*peer{}
+	for _, v := range validators {
+		if v.Number == t.self {
+			continue
+		}
+		p := &peer{number: v.Number, key: v.VoteKey, in: make(chan []byte, queueMessages), wake: make(chan struct{}, 1),
+			resends: map[phase]*outgoing{}, said: map[slot]said{}}
+		p.heard, _ = t.journal.peer(v.Number)
+		t.peers[v.Number] = p
+	}
+}
+
+// run carries messages until ctx ends.
+func (t *transport) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	for _, p := range t.peers {
+		wg.Go(func() { t.sendLoop(ctx, p) })
+		wg.Go(func() { t.receiveLoop(ctx, p) })
+	}
+	sub, err := t.nc.Subscribe(topic.BFTTo(t.district, t.self), t.arrived)
+	if err != nil {
+		return err
+	}
+	if err := sub.SetPendingLimits(-1, 2*queueBytes); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	if err := sub.Unsubscribe(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
+		return err
+	}
+	return ctx.Err()
+}
+
+// arrived sorts what comes by its claimed sender; nothing is believed yet, but
+// that one sender's junk fills only its own queue, as the subject is in the
+// sender's NATS permissions.
+func (t *transport) arrived(m *nats.Msg) {
+	from, ok := t.senderOf(m.Subject)
+	if !ok || len(m.Data) < parcelMin || len(m.Data) > topic.MaxPayload {
+		t.count.invalid.Add(1)
+		return
+	}
+	if from.inSize.Add(int64(len(m.Data))) > queueBytes {
+		from.inSize.Add(-int64(len(m.Data)))
+		t.count.dropped.Add(1)
+		return
+	}
+	select {
+	case from.in <- m.Data:
+	default:
+		from.inSize.Add(-int64(len(m.Data)))
+		t.count.dropped.Add(1)
+	}
+}
+
+func (t *transport) senderOf(subject string) (*peer, bool) {
+	for n, p := range t.peers {
+		if subject == topic.BFT(t.district, t.self, n) {
+			return p, true
+		}
+	}
+	return nil, false
+}
+
+func (t *transport) receiveLoop(ctx context.Context, p *peer) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case b := <-p.in:
+			p.inSize.Add(-int64(len(b)))
+			t.open(p, b)
+		}
+	}
+}
+
+// open authenticates one message and hands it on.
+func (t *transport) open(p *peer, b []byte) {
+	pc, err := openParcel(b)
+	if err != nil || pc.From != p.number || pc.To != t.self || pc.Config != 0 || !signed(b, p.key, t.genesis) {
+		t.count.invalid.Add(1)
+		return
+	}
+	m := message{body: pc.Body}
+	if pc.Kind == kindEngine {
+		m, err = t.codec.parse(pc.Body)
+		if err != nil || m.vote != pc.Vote {
+			t.count.invalid.Add(1)
+			return
+		}
+	} else if pc.Vote != (vote{}) {
+		t.count.invalid.Add(1)
+		return
+	}
+	if !t.fresh(p, pc) {
+		return
+	}
+	t.count.received.Add(1)
+	t.note(p, pc, b)
+	p.mu.Lock()
+	p.decided = max(p.decided, pc.Decided)
+	if v := pc.Vote.slot; v.Phase != phaseNone && later(v, p.voted) {
+		p.voted = v
+	}
+	p.mu.Unlock()
+	t.receive(p.number, pc, m)
+}
+
+func later(a, b slot) bool {
+	if a.Height != b.Height {
+		return a.Height > b.Height
+	}
+	if a.View != b.View {
+		return a.View > b.View
+	}
+	return a.Phase > b.Phase
+}
+
+// fresh refuses what was sent before, and what comes from a start that is not
+// the newest: a disk that was restored, or an old message played again. A
+// question to meet is answered even then, with what is known: the sender should
+// learn it.
+func (t *transport) fresh(p *peer, pc *parcel) bool {
+	switch {
+	case pc.Start == p.heard:
+		if pc.Seq <= p.inSeq {
+			t.count.replayed.Add(1)
+			return false
+		}
+	case pc.Start.Counter > p.heard.Counter:
+		if err := t.journal.sawPeer(p.number, pc.Start); err != nil {
+			t.log.Error("peer's start not noted", "peer", p.number, "err", err)
+			return false
+		}
+		p.heard = pc.Start
+	default:
+		t.count.restored.Add(1)
+		return pc.Kind == kindMeet
+	}
+	p.inSeq = pc.Seq
+	return true
+}
+
+// note remembers the votes of a peer at the heights in hand, and keeps two that
+// contradict each other as evidence before the engine sees the second.
+func (t *transport) note(p *peer, pc *parcel, b []byte) {
+	v := pc.Vote
+	if v.Phase == phaseNone {
+		return
+	}
+	p.maxVote = max(p.maxVote, v.Height)
+	if have, ok := p.said[v.slot]; ok {
+		if have.digest != v.Digest {
+			t.count.equivocations.Add(1)
+			t.log.Error("two votes of one validator in one slot", "peer", p.number, "slot", v.slot.String())
+			if err := t.accuse(Evidence{Validator: p.number, First: have.proof, Second: append([]byte(nil), b[:parcelMin]...)}); err != nil {
+				t.log.Error("evidence not kept", "err", err)
+			}
+		}
+		return
+	}
+	const most = 256 // slots; a peer that fills them with far heights only loses its own
+	if len(p.said) >= most {
+		floor := t.height()
+		for s := range p.said {
+			if s.Height < floor || s.Height > floor+2 {
+				delete(p.said, s)
+			}
+		}
+		if len(p.said) >= most {
+			clear(p.said)
+		}
+	}
+	p.said[v.slot] = said{v.Digest, append([]byte(nil), b[:parcelMin]...)}
+}
+
+// send queues an engine's message. A vote is made durable first, and dropped if
+// it must not be made.
+func (t *transport) send(to uint64, m message) {
+	p, ok := t.peers[to]
+	if !ok {
+		return
+	}
+	if m.vote.Phase != phaseNone {
+		if err := t.journal.permit(m.vote); err != nil {
+			if errors.Is(err, errTwoVotes) {
+				t.count.withheld.Add(1)
+				t.log.Error("vote withheld", "err", err)
+			} else {
+				t.count.dropped.Add(1)
+			}
+			return
+		}
+	}
+	t.queue(p, &outgoing{kind: kindEngine, m: m})
+}
+
+// queue adds to what a peer's goroutine sends.
+func (t *transport) queue(p *peer, o *outgoing) {
+	p.mu.Lock()
+	if len(p.out) >= queueMessages || p.outSize+len(o.m.body) > queueBytes {
+		p.mu.Unlock()
+		t.count.dropped.Add(1)
+		return
+	}
+	p.out = append(p.out, o)
+	p.outSize += len(o.m.body)
+	if ph := o.m.vote.Phase; ph != phaseNone {
+		o.due = time.Now().Add(t.resend)
+		p.resends[ph] = o
+	}
+	p.mu.Unlock()
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+const resendTries = 6
+
+func (t *transport) sendLoop(ctx context.Context, p *peer) {
+	tick := time.NewTicker(max(t.resend/4, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.wake:
+		case <-tick.C:
+			t.again(p)
+		}
+		for {
+			p.mu.Lock()
+			if len(p.out) == 0 {
+				p.mu.Unlock()
+				break
+			}
+			o := p.out[0]
+			p.out = p.out[1:]
+			p.outSize -= len(o.m.body)
+			p.seq++
+			seq := p.seq
+			p.mu.Unlock()
+			pc := parcel{Kind: o.kind, From: t.self, To: p.number, Start: t.current(), Seq: seq, Decided: t.height(), Vote: o.m.vote, Body: o.m.body}
+			if err := t.nc.Publish(topic.BFT(t.district, p.number, t.self), pc.seal(t.key, t.genesis)); err != nil {
+				t.count.dropped.Add(1)
+				continue
+			}
+			t.count.sent.Add(1)
+		}
+	}
+}
+
+// again queues the votes that the peer has not moved on from.
+func (t *transport) again(p *peer) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for ph, o := range p.resends {
+		// A peer that has decided the height, or is a phase further in it, has no
+		// use for the vote.
+		beyond := p.decided >= o.m.vote.Height || later(p.voted, o.m.vote.slot) && p.voted.Phase > ph
+		if beyond || o.tries >= resendTries {
+			delete(p.resends, ph)
+			continue
+		}
+		if now.Before(o.due) || len(p.out) >= queueMessages || p.outSize+len(o.m.body) > queueBytes {
+			continue
+		}
+		o.tries++
+		o.due = now.Add(t.resend << o.tries)
+		p.out = append(p.out, o)
+		p.outSize += len(o.m.body)
+		t.count.resent.Add(1)
+	}
+}
+
+// met is the answer to a validator that starts: what is known of it.
+type met struct {
+	// Start is the newest start of the asker that is known.
+	Start start `json:"start"`
+	// Vote is the highest height at which it may have voted.
+	Vote ledger.Height `json:"vote"`
+	// Asker repeats the start that asks, so that an old answer is no answer.
+	Asker start `json:"asker"`
+}
+
+// ask sends the question to meet to every peer.
+func (t *transport) ask() {
+	for _, p := range t.peers {
+		t.queue(p, &outgoing{kind: kindMeet})
+	}
+}
+
+// answer tells a starting peer what is known of it. It is called from the
+// peer's receiving goroutine.
+func (t *transport) answer(p *peer, asker start) error {
+	// A vote at the height after our last may have been made without our seeing.
+	b, err := json.Marshal(met{Start: p.heard, Vote: max(p.maxVote, t.height()+1), Asker: asker})
+	if err != nil {
+		return err
+	}
+	t.queue(p, &outgoing{kind: kindMet, m: message{body: b}})
+	return nil
+}

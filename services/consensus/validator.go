@@ -1,0 +1,418 @@
+package consensus
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/services/internal/run"
+	"github.com/stopline-traffic/stopline/services/internal/seglog"
+)
+
+// Validator is one member of a district's consensus.
+type Validator struct {
+	c     Config
+	log   *slog.Logger
+	count counters
+
+	// What follows is made by Run.
+	core      *core
+	transport *transport
+	engine    engine
+	intake    *intake
+	publisher *publisher
+	evidence  *evidenceLog
+	answers   chan metFrom
+	running   atomic.Bool
+	ctx       context.Context // of Run, for the engine's calls, which bring none
+	cancel    context.CancelCauseFunc
+	height    atomic.Uint64
+	ready     chan struct{} // closed when the engine runs
+}
+
+type metFrom struct {
+	peer uint64
+	met  met
+}
+
+// New returns a validator; nothing is opened until [Validator.Run].
+func New(c Config) (*Validator, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	if c.Bus == nil {
+		return nil, errors.New("consensus: Bus: missing")
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	c.Logger = c.Logger.With("validator", c.Number)
+	c.Timing = c.Timing.withDefaults()
+	if c.SnapshotEvery == 0 {
+		c.SnapshotEvery = 200
+	}
+	return &Validator{c: c, log: c.Logger, ready: make(chan struct{})}, nil
+}
+
+// Ready is closed once the validator takes part in agreeing.
+func (v *Validator) Ready() <-chan struct{} { return v.ready }
+
+// Stats returns what has been counted. It may be called at any time.
+func (v *Validator) Stats() Stats {
+	s := v.count.stats()
+	s.Height = ledger.Height(v.height.Load())
+	select {
+	case <-v.ready:
+		s.View, s.Leader = v.engine.status()
+	default:
+	}
+	return s
+}
+
+// Evidence returns the proofs of lying validators that were kept, the first
+// ones of each start and before. Call it after [Validator.Ready].
+func (v *Validator) Evidence() []Evidence {
+	select {
+	case <-v.ready:
+		return v.evidence.all()
+	default:
+		return nil
+	}
+}
+
+// errFailed is the cause of an end by [Validator.fail].
+var errFailed = errors.New("consensus: validator failed")
+
+// stopWait bounds how long Run waits for the engine's goroutines, of which one
+// that gave up may have left others waiting.
+const stopWait = 10 * time.Second
+
+// Run takes part in consensus until ctx ends or something happens after which
+// going on could be wrong: a disk that fails, or a quorum that decides what this
+// validator does not compute. A Validator runs once.
+//
+// In its order: the stores are opened and the state rebuilt; peers are asked
+// whether they know a later start of this validator; blocks that they decided
+// meanwhile are fetched; then it votes. On the way out the engine stops first
+// and the stores close last.
+func (v *Validator) Run(ctx context.Context) (err error) {
+	if v.running.Swap(true) {
+		return errors.New("consensus: a Validator runs once")
+	}
+	defer func() {
+		if err != nil && ctx.Err() == nil {
+			err = fmt.Errorf("consensus: validator %d: %w", v.c.Number, err)
+		}
+	}()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	v.ctx, v.cancel = ctx, cancel
+
+	cd := smartCodec{}
+	if v.core, err = openCore(v.c, cd, &v.count); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, v.core.close()) }()
+	if v.evidence, err = openEvidence(filepath.Join(v.c.Dir, "evidence")); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, v.evidence.log.Close()) }()
+	v.height.Store(uint64(v.core.height()))
+
+	v.intake = newIntake(v)
+	v.publisher = newPublisher(v)
+	v.core.decided = v.onBlock
+	cosigner, err := openCosigner(v)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cosigner.log.Close()) }()
+
+	v.answers = make(chan metFrom, 16)
+	v.transport = &transport{
+		self: v.c.Number, district: v.c.District, key: v.c.VoteKey, genesis: v.core.state.genesis, nc: v.c.Bus.NC, journal: v.core.journal,
+		codec: cd, count: &v.count, log: v.log, resend: v.c.Timing.Resend,
+		height:  func() ledger.Height { return ledger.Height(v.height.Load()) },
+		receive: v.receive, accuse: v.evidence.add,
+	}
+	v.transport.prepare(v.core.validators)
+	if err := v.begin(0); err != nil {
+		return err
+	}
+	v.engine = newSmart(v, v.c.Number, v.core.numbers(), v.c.Timing, v.core.limit, v.core.journal.initial(), v.log)
+
+	err = run.All(ctx,
+		run.Actor{Name: "transport", Run: v.transport.run},
+		run.Actor{Name: "blocks", Run: v.serveBlocks},
+		run.Actor{Name: "cosign", Run: cosigner.run},
+		run.Actor{Name: "publish", Run: v.publisher.run},
+		run.Actor{Name: "intake", Run: v.intake.run},
+		run.Actor{Name: "engine", Run: v.runEngine},
+	)
+	if cause := context.Cause(ctx); errors.Is(cause, errFailed) {
+		err = errors.Join(cause, err)
+	}
+	return err
+}
+
+// begin draws an incarnation and raises the start counter.
+func (v *Validator) begin(above uint64) error {
+	var inc [16]byte
+	if _, err := rand.Read(inc[:]); err != nil {
+		return err
+	}
+	s, err := v.core.journal.begin(inc, above)
+	if err != nil {
+		return err
+	}
+	v.transport.begin(s)
+	return nil
+}
+
+func (v *Validator) runEngine(ctx context.Context) error {
+	if err := v.meet(ctx); err != nil {
+		return err
+	}
+	v.fetch(ctx)
+	last, err := v.core.last()
+	if err != nil {
+		return err
+	}
+	if err := v.engine.start(last); err != nil {
+		return err
+	}
+	close(v.ready)
+	v.log.Info("taking part", "height", v.height.Load())
+	<-ctx.Done()
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		v.engine.stop()
+	}()
+	select {
+	case <-stopped:
+	case <-time.After(stopWait):
+		v.log.Error("engine does not stop; its goroutines are left behind", "elapsed", stopWait)
+	}
+	return ctx.Err()
+}
+
+// meet asks peers what they know of this validator's earlier starts, until as
+// many have answered as are needed for a quorum with it: without them nothing
+// can be decided anyway. If one knows a later start than the one on disk, the
+// disk is an old copy, and votes that it does not know of may have been cast:
+// then this validator stays silent until the others have decided, without it,
+// every height at which it may have voted.
+func (v *Validator) meet(ctx context.Context) error {
+	need := ledger.Quorum(len(v.core.validators)) - 1
+	met := map[uint64]bool{}
+	var until ledger.Height
+	var newest uint64
+	tick := time.NewTicker(v.c.Timing.Meet)
+	defer tick.Stop()
+	v.transport.ask()
+	for len(met) < need {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+			v.transport.ask()
+		case a := <-v.answers:
+			own := v.transport.current()
+			if a.met.Asker != own {
+				continue
+			}
+			met[a.peer] = true
+			if a.met.Start != own {
+				until, newest = max(until, a.met.Vote), max(newest, a.met.Start.Counter)
+			}
+		}
+	}
+	if newest == 0 {
+		return nil
+	}
+	v.log.Error("peers know a later start of this validator: its disk is an old copy; silent until all it may have voted on is decided",
+		"height", uint64(until), "start", newest)
+	if err := v.begin(newest); err != nil {
+		return err
+	}
+	for v.core.height() < until {
+		v.fetch(ctx)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+	return nil
+}
+
+// receive takes what the transport authenticated.
+func (v *Validator) receive(from uint64, p *parcel, m message) {
+	switch p.Kind {
+	case kindEngine:
+		v.engine.receive(from, m)
+	case kindRequest:
+		if _, err := parseRequest(p.Body); err != nil {
+			v.count.invalid.Add(1)
+			return
+		}
+		v.engine.forwarded(from, p.Body)
+	case kindMeet:
+		if err := v.transport.answer(v.transport.peers[from], p.Start); err != nil {
+			v.log.Error("cannot answer a peer", "peer", from, "err", err)
+		}
+	case kindMet:
+		var a met
+		if json.Unmarshal(p.Body, &a) != nil {
+			v.count.invalid.Add(1)
+			return
+		}
+		select {
+		case v.answers <- metFrom{from, a}:
+		default: // asked again if it is needed
+		}
+	}
+}
+
+// onBlock hears of each block after it is durable, with the core's lock held.
+func (v *Validator) onBlock(b *pb.Block, o *outcome) {
+	v.height.Store(uint64(o.header.Height))
+	v.intake.decided(o.ids)
+	v.publisher.add(o.header.Height, b)
+}
+
+// What follows makes Validator the engine's host.
+
+type engineHost = Validator
+
+var _ host = (*engineHost)(nil)
+
+func (v *Validator) assemble(at slot, metadata []byte, requests [][]byte) proposal {
+	return v.core.assemble(at, metadata, requests)
+}
+
+func (v *Validator) verify(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) {
+	return v.core.verify(at, d, p)
+}
+
+func (v *Validator) sign(at slot, d ledger.Hash, p proposal) []byte {
+	sig, err := v.core.signVote(at, d, p)
+	if err != nil {
+		v.fail(fmt.Errorf("asked to sign what must not be signed: %w", err))
+		runtime.Goexit()
+	}
+	return sig
+}
+
+func (v *Validator) checkVote(p proposal, vt ledger.Vote) error { return v.core.checkVote(p, vt) }
+func (v *Validator) signView(b []byte) []byte                   { return v.core.signView(b) }
+func (v *Validator) checkView(from uint64, b, sig []byte) error {
+	return v.core.checkView(from, b, sig)
+}
+
+func (v *Validator) decide(p proposal, votes []ledger.Vote) {
+	if err := v.core.apply(p, votes); err != nil {
+		v.fail(fmt.Errorf("applying a decided block: %w", err))
+		runtime.Goexit()
+	}
+}
+
+func (v *Validator) catchUp() decision {
+	v.fetch(v.ctx)
+	d, err := v.core.last()
+	if err != nil {
+		v.fail(err)
+		runtime.Goexit()
+	}
+	return d
+}
+
+func (v *Validator) decidedRequest(raw []byte) bool {
+	if _, err := parseRequest(raw); err != nil {
+		return true
+	}
+	return v.core.isDecided(ledger.RequestID(raw))
+}
+
+func (v *Validator) requestsOf(p proposal) []ledger.Hash { return v.core.requestsOf(p) }
+func (v *Validator) send(to uint64, m message)           { v.transport.send(to, m) }
+
+func (v *Validator) forward(to uint64, raw []byte) {
+	if p, ok := v.transport.peers[to]; ok {
+		v.transport.queue(p, &outgoing{kind: kindRequest, m: message{body: raw}})
+	}
+}
+
+func (v *Validator) save(entry []byte, truncate bool, votes []vote) error {
+	return v.core.journal.save(entry, truncate, votes)
+}
+
+// fail ends Run with an error. The caller's goroutine must do no more.
+func (v *Validator) fail(err error) { v.cancel(fmt.Errorf("%w: %w", errFailed, err)) }
+
+// evidenceLog keeps the first proofs against lying peers.
+type evidenceLog struct {
+	log  *seglog.Log
+	mu   sync.Mutex
+	kept []Evidence
+}
+
+func openEvidence(dir string) (*evidenceLog, error) {
+	l, err := seglog.Open(dir, seglog.Options{})
+	if err != nil {
+		return nil, err
+	}
+	e := &evidenceLog{log: l}
+	err = l.Scan(l.First(), func(i uint64, rec []byte) error {
+		var ev Evidence
+		if err := json.Unmarshal(rec, &ev); err != nil {
+			return fmt.Errorf("evidence %d: %w", i, err)
+		}
+		e.kept = append(e.kept, ev)
+		return nil
+	})
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return e, nil
+}
+
+// add keeps evidence, up to a bound: one proof is enough, and a liar must not be
+// able to fill the disk.
+func (e *evidenceLog) add(ev Evidence) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.kept) >= evidenceMost {
+		return nil
+	}
+	b, err := json.Marshal(ev)
+	if err != nil {
+		return err
+	}
+	if _, err := e.log.Append(b); err != nil {
+		return err
+	}
+	e.kept = append(e.kept, ev)
+	return nil
+}
+
+func (e *evidenceLog) all() []Evidence {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.kept)
+}
