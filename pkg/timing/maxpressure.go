@@ -18,21 +18,18 @@ const (
 	fullPermille     = 850 // an exit as full as that takes hardly anybody
 	blockedShare     = 100 // what a movement into a full exit counts, of its weight
 	stayBonus        = 1000
-	stayShare        = 0 // thousandths
-	haltedWeight     = 0
-	useBonus         = 0
-	useShare         = 0
-	useGap           = 2000
-	lossMS           = 0
-	floorMS          = 5000
-	movingShare      = 1000
+	ordinaryMS       = 9000 // a green in use lasts that long, so that it pays for its change
+	useGapMS         = 3000 // a green that nobody has used for so long is not in use
 )
 
 // maxPressure shows the stage with the greatest pressure: over its green
 // movements, the vehicles on the approach, less a share of those on the exit.
-// Stages come in any order. The one that is shown has a bonus, so that the
-// green does not flicker between equals. A movement into a full exit hardly
-// counts, since its green would fill the junction.
+// Stages come in any order. The one that is shown has a bonus, and while it is
+// in use it lasts nine seconds, so that the green does not flicker between
+// equals. A movement into a full exit hardly counts, since its green would fill
+// the junction. When a stage ends at which somebody still stands who had to
+// yield, a stage that protects him goes before the one that would cross his
+// path: gridlock begins with turners who stand in the middle of the junction.
 //
 // Two things go before pressure: emergency vehicles, and whoever has waited so
 // long that only a change now keeps the wait below the maximum red.
@@ -42,34 +39,31 @@ func maxPressure(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decisi
 		return m.repeat()
 	}
 	at := v.Signal.Stage
+	if at >= len(j.Stages) {
+		at = -1
+	}
 	if k := emergency(j, v); k >= 0 {
 		return m.decide(k, fmt.Sprintf("max pressure: stage %d for an emergency vehicle", k))
 	}
 	if k, g := m.starving(j, r, v); k >= 0 {
 		return m.decide(k, fmt.Sprintf("max pressure: stage %d, group %d has waited %d s", k, g, m.RedMS[g]/1000))
 	}
+	// Where decisions are further apart than that, their interval does it.
+	if at >= 0 && r.DecisionMS < ordinaryMS && v.Signal.SinceMS < ordinaryMS && m.inUse(j, at) {
+		return m.decide(at, fmt.Sprintf("max pressure: stage %d is in use and has lasted %d s", at, v.Signal.SinceMS/1000))
+	}
 	p := m.pressures(j, v)
 	best := 0
 	for k := range p {
-		if k != at && lossMS > 0 && p[k] > 0 {
-			longest := 0
-			for i := range j.Movements {
-				if j.Stages[k].State.At(j.Movements[i].Group).Go() {
-					longest = max(longest, max(v.Movements[i].Vehicles, m.Queue[i]))
-				}
-			}
-			T := min(max(2000*longest, floorMS), 30000)
-			p[k] = p[k] * T / (T + lossMS)
-		}
 		if k == at {
-			p[k] += stayBonus + max(p[k], 0)*stayShare/1000
-			if m.inUse(j, k) {
-				p[k] += useBonus + max(p[k], 0)*useShare/1000
-			}
+			p[k] += stayBonus
 		}
 		if p[k] > p[best] || p[k] == p[best] && k == at {
 			best = k
 		}
+	}
+	if k := turnersFirst(j, v, at, best); k >= 0 {
+		return m.decide(k, fmt.Sprintf("max pressure: stage %d before stage %d, for those who still yield in stage %d", k, best, at))
 	}
 	if second := runnerUp(p, best); second >= 0 {
 		return m.decide(best, fmt.Sprintf("max pressure: stage %d has %s, stage %d has %s", best, tenths(p[best]), second, tenths(p[second])))
@@ -77,12 +71,46 @@ func maxPressure(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decisi
 	return m.decide(best, fmt.Sprintf("max pressure: stage %d is the only one", best))
 }
 
+// inUse reports whether somebody has just used a green of stage k.
+func (m Memory) inUse(j *traffic.Junction, k int) bool {
+	for g := range j.Groups {
+		if j.Stages[k].State.At(g).Go() && m.GapMS[g] < useGapMS && has(j, g) {
+			return true
+		}
+	}
+	return false
+}
+
+// turnersFirst returns the stage that protects most of those who stand at a
+// permissive green which the next stage would take from them, -1 where there is
+// none. Whoever could not leave the junction is not helped by it.
+func turnersFirst(j *traffic.Junction, v View, at, next int) int {
+	if at < 0 || at == next {
+		return -1
+	}
+	best, most := -1, 0
+	for k := range j.Stages {
+		n := 0
+		for i := range j.Movements {
+			g := j.Movements[i].Group
+			if j.Stages[at].State.At(g) == traffic.Permissive && j.Stages[k].State.At(g) == traffic.Green &&
+				!j.Stages[next].State.At(g).Go() && !full(&v.Movements[i]) {
+				n += v.Movements[i].Halted
+			}
+		}
+		if n > most {
+			best, most = k, n
+		}
+	}
+	return best
+}
+
 // pressures returns the pressure of each stage in thousandths of a vehicle.
 func (m Memory) pressures(j *traffic.Junction, v View) []int {
 	p := make([]int, len(j.Stages))
 	for i := range j.Movements {
 		mv := &v.Movements[i]
-		load := (movingShare*(max(mv.Vehicles, m.Queue[i])-mv.Halted) + (1000+haltedWeight)*mv.Halted) / max(mv.Shared, 1)
+		load := 1000 * max(mv.Vehicles, m.Queue[i]) / max(mv.Shared, 1)
 		if !mv.Known {
 			load = 1000
 		}
@@ -196,14 +224,4 @@ func tenths(n int) string {
 		sign, n = "-", -n
 	}
 	return fmt.Sprintf("%s%d.%d", sign, n/1000, n%1000/100)
-}
-
-// inUse reports whether somebody has just used a green of stage k.
-func (m Memory) inUse(j *traffic.Junction, k int) bool {
-	for g := range j.Groups {
-		if j.Stages[k].State.At(g).Go() && m.GapMS[g] < int64(useGap) && has(j, g) {
-			return true
-		}
-	}
-	return false
 }

@@ -336,6 +336,9 @@ func TestMaxPressure(t *testing.T) {
 		{"an ambulance, whoever else waits", prio(at(20, 0, 1, 0), 2, traffic.Emergency), 2, "max pressure: stage 2 for an emergency vehicle"},
 		{"an ambulance that turns left is protected", prio(at(20, 1, 20, 0), 1, traffic.Emergency), 1, "emergency"},
 		{"a call", button(frame(j, epoch, 2, 20*time.Second, 0, 0, 0, 0)), 3, ""},
+		{"left-turners who still yield, before the cross street", at(3, 2, 20, 0), 1, "max pressure: stage 1 before stage 2, for those who still yield in stage 0"},
+		{"but not into a full exit", exit(at(3, 2, 20, 0), "x", 10), 2, ""},
+		{"in use", noButton(frame(j, epoch, 0, 8*time.Second, 1, 0, 9, 0)), 0, "max pressure: stage 0 is in use and has lasted 8 s"},
 		{"too early", noButton(frame(j, epoch, 0, 4*time.Second, 0, 0, 9, 0)), 0, "before"},
 	} {
 		m := timing.Memory{AtMS: epoch.UnixMilli() - 1000, DecidedMS: epoch.UnixMilli() - 1000, Stage: c.f.Signal.Stage, Rule: "before",
