@@ -270,7 +270,7 @@ func TestSeededFaultsAreCaught(t *testing.T) {
 func TestLawfulStatesPass(t *testing.T) {
 	steps := 20_000
 	if testing.Short() {
-		steps = 2_000
+		steps = 10_000 // a tenth of that each, 10 s at steps of 10 ms
 	}
 	rules := []timing.Rules{{}}
 	for _, name := range []string{"free", "resco", "deployable", "field"} {
