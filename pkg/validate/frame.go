@@ -60,9 +60,6 @@ func (s *State) frame(reg *identity.Registry, now time.Time, c *Candidate, h *id
 			if v.Gap == 0 && f.Prev != n.hash {
 				return refuse(RuleChain, "prev: %x…, the hash of frame %s/%d/%d is %x…", f.Prev[:4], f.Device, n.epoch, n.seq, n.hash[:4])
 			}
-			if d := time.Unix(0, src.time).Sub(f.Time); d > 0 {
-				return refuse(RuleClockBackwards, "time: %s before that of frame %s/%d/%d", secs(d), f.Device, n.epoch, n.seq)
-			}
 		} else {
 			v.Gap = e.seq - 1
 		}
@@ -81,6 +78,11 @@ func (s *State) frame(reg *identity.Registry, now time.Time, c *Candidate, h *id
 	}
 	if d := now.Sub(f.Time); d > s.limits.ClockBehind {
 		return refuse(RuleClockBehind, "time: %s, at most %s", seconds(d, "behind the clock", ""), secs(s.limits.ClockBehind))
+	}
+	if src != nil && src.n > 0 && src.newest().epoch == e.epoch {
+		if d := time.Unix(0, src.time).Sub(f.Time); d > 0 {
+			return refuse(RuleClockBackwards, "time: %s before that of frame %s/%d/%d", secs(d), f.Device, e.epoch, src.newest().seq)
+		}
 	}
 	if f.Interval < 0 || f.Interval > s.limits.MaxInterval {
 		return refuse(RuleSchema, "interval: %d ms, 0 to %d ms", f.Interval.Milliseconds(), s.limits.MaxInterval.Milliseconds())
