@@ -59,7 +59,7 @@ type Gateway struct {
 
 	mu        sync.Mutex // guards all below
 	known     *identity.Registry
-	junctions map[traffic.JunctionID]*junctionView
+	junctions map[traffic.JunctionID]*JunctionView
 	blocks    []BlockView
 	sealed    SealView
 	counts    Counts
@@ -106,7 +106,8 @@ type SealView struct {
 	Time   time.Time `json:"time"`
 }
 
-type junctionView struct {
+// JunctionView is one junction as its newest agreed frame says.
+type JunctionView struct {
 	ID       traffic.JunctionID `json:"id"`
 	Name     string             `json:"name"`
 	LatE6    int64              `json:"lat_e6"`
@@ -117,6 +118,8 @@ type junctionView struct {
 	Vehicles uint32             `json:"vehicles"`
 	Halted   uint32             `json:"halted"`
 	At       time.Time          `json:"at"`
+	// Frame is the newest agreed frame.
+	Frame traffic.FrameKey `json:"frame"`
 	// Command is the newest sealed-in command and its place in the log.
 	Rule     string `json:"rule"`
 	Evidence uint64 `json:"evidence"`
@@ -135,7 +138,7 @@ type Latency struct {
 type View struct {
 	District  traffic.DistrictID `json:"district"`
 	Time      time.Time          `json:"time"`
-	Junctions []junctionView     `json:"junctions"`
+	Junctions []JunctionView     `json:"junctions"`
 	Blocks    []BlockView        `json:"blocks"`
 	Sealed    SealView           `json:"sealed"`
 	Counts    Counts             `json:"counts"`
@@ -153,7 +156,7 @@ func New(c Config) (*Gateway, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	g := &Gateway{cfg: c, log: c.Logger, junctions: map[traffic.JunctionID]*junctionView{},
+	g := &Gateway{cfg: c, log: c.Logger, junctions: map[traffic.JunctionID]*JunctionView{},
 		waiters: make(chan struct{}), started: c.Now()}
 	for _, j := range c.State.Registry().Junctions() {
 		g.junctions[j.ID] = newJunctionView(j)
@@ -161,8 +164,8 @@ func New(c Config) (*Gateway, error) {
 	return g, nil
 }
 
-func newJunctionView(j *traffic.Junction) *junctionView {
-	v := &junctionView{ID: j.ID, Name: j.Name, LatE6: j.LatE6, LonE6: j.LonE6, Signal: traffic.Signal{Stage: -1}}
+func newJunctionView(j *traffic.Junction) *JunctionView {
+	v := &JunctionView{ID: j.ID, Name: j.Name, LatE6: j.LatE6, LonE6: j.LonE6, Signal: traffic.Signal{Stage: -1}}
 	for _, g := range j.Groups {
 		v.Groups = append(v.Groups, g.Name)
 	}
@@ -253,7 +256,7 @@ func (g *Gateway) frame(reg *identity.Registry, f *traffic.Frame, index uint64, 
 	if f.Signal.Mode == traffic.Tripped && j.Signal.Mode != traffic.Tripped {
 		g.counts.Trips++
 	}
-	j.At, j.Signal = f.Time, f.Signal
+	j.At, j.Frame, j.Signal = f.Time, f.FrameKey, f.Signal
 	if def, ok := reg.Junction(f.Junction); ok {
 		j.Stage = ""
 		if s := f.Signal.Stage; s >= 0 && s < len(def.Stages) {
@@ -322,7 +325,7 @@ func (g *Gateway) View() View {
 	for _, j := range g.junctions {
 		v.Junctions = append(v.Junctions, *j)
 	}
-	slices.SortFunc(v.Junctions, func(a, b junctionView) int { return cmp.Compare(a.ID, b.ID) })
+	slices.SortFunc(v.Junctions, func(a, b JunctionView) int { return cmp.Compare(a.ID, b.ID) })
 	v.LatencyMS.AgreedP50, v.LatencyMS.AgreedP99 = g.agreed.quantile(0.5), g.agreed.quantile(0.99)
 	v.LatencyMS.SealedP50, v.LatencyMS.SealedP99 = g.sealing.quantile(0.5), g.sealing.quantile(0.99)
 	return v

@@ -9,6 +9,7 @@ import (
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/kind"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/internal/agreed"
@@ -20,9 +21,10 @@ import (
 
 // Inbox puts a command on its way into the log.
 type Inbox interface {
-	// Send returns when ingest has answered; an error means that nobody knows
-	// whether it was stored.
-	Send(ctx context.Context, d traffic.DistrictID, kind, source string, envelope []byte) (*pb.Receipt, error)
+	// Send returns nil when the envelope is stored. An error of kind Invalid
+	// means that it was refused for good; any other, that it is safe and needed
+	// to send it again.
+	Send(ctx context.Context, d traffic.DistrictID, k identity.RecordKind, source string, envelope []byte) (*pb.Receipt, error)
 }
 
 // Config of the service.
@@ -129,18 +131,18 @@ func (s *Service) block(_ context.Context, b *decided.Block, reg *identity.Regis
 			continue // watch tells people once, not once a frame
 		}
 		s.Counters.Refused.Add(1)
-		s.log.Warn("no decision", "junction", r.Junction, "frame", r.Frame.String(), "reason", r.Reason)
+		s.log.Warn("no decision", "intersection", r.Junction, "frame", r.Frame.String(), "reason", r.Reason)
 	}
 	for _, o := range orders {
 		select {
 		case s.seal <- o:
 		default:
 			s.Counters.Unsealed.Add(1)
-			s.log.Error("command not sent: the queue to ingest is full", "junction", o.Command.Junction, "seq", o.Command.Seq)
+			s.log.Error("command not sent: the queue to ingest is full", "intersection", o.Command.Junction, "seq", o.Command.Seq)
 			continue
 		}
 		if err := s.cfg.Bus.Send(topic.Command(s.cfg.District, o.Command.Junction), o.Envelope); err != nil {
-			s.log.Error("command not sent", "junction", o.Command.Junction, "err", err)
+			s.log.Error("command not sent", "intersection", o.Command.Junction, "err", err)
 			continue
 		}
 		s.Counters.Sent.Add(1)
@@ -171,21 +173,15 @@ const (
 )
 
 func (s *Service) store(ctx context.Context, o Order) {
-	var why string
+	var err error
 	for range sealTries {
-		r, err := s.cfg.Inbox.Send(ctx, s.cfg.District, string(identity.KindCommand), string(o.Command.Junction), o.Envelope)
-		switch {
-		case err != nil:
-			why = err.Error()
-		case r.Status == pb.Receipt_STATUS_STORED:
+		_, err = s.cfg.Inbox.Send(ctx, s.cfg.District, identity.KindCommand, string(o.Command.Junction), o.Envelope)
+		if err == nil {
 			s.Counters.Sealed.Add(1)
 			return
-		case r.Status == pb.Receipt_STATUS_REFUSED:
-			s.Counters.Unsealed.Add(1)
-			s.log.Error("ingest refused a command", "junction", o.Command.Junction, "seq", o.Command.Seq, "reason", r.Reason)
-			return
-		default:
-			why = r.Reason
+		}
+		if kind.Of(err) == kind.Invalid {
+			break
 		}
 		select {
 		case <-ctx.Done():
@@ -195,7 +191,7 @@ func (s *Service) store(ctx context.Context, o Order) {
 		}
 	}
 	s.Counters.Unsealed.Add(1)
-	s.log.Error("command was sent but could not be stored for sealing", "junction", o.Command.Junction, "seq", o.Command.Seq, "reason", why)
+	s.log.Error("command was sent but could not be stored for sealing", "intersection", o.Command.Junction, "seq", o.Command.Seq, "err", err)
 }
 
 // watchEvery is how often the age of decisions is looked at.

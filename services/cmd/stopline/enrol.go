@@ -198,4 +198,3 @@ func inForce(ctx context.Context, url, device string, want identity.Status) erro
 		}
 	}
 }
-

@@ -1,0 +1,285 @@
+package main
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/audit"
+	"github.com/stopline-traffic/stopline/services/consensus"
+	"github.com/stopline-traffic/stopline/services/gateway"
+	"github.com/stopline-traffic/stopline/services/ingest"
+	"github.com/stopline-traffic/stopline/services/internal/agreed"
+	"github.com/stopline-traffic/stopline/services/internal/bus"
+	"github.com/stopline-traffic/stopline/services/internal/decided"
+	"github.com/stopline-traffic/stopline/services/internal/district"
+	"github.com/stopline-traffic/stopline/services/internal/run"
+	"github.com/stopline-traffic/stopline/services/sealing"
+	"github.com/stopline-traffic/stopline/services/signalcontrol"
+	"github.com/stopline-traffic/stopline/services/validation"
+)
+
+// local is a whole district in this process: an embedded NATS server and every
+// service with a connection of its own. No service shares memory with another.
+type local struct {
+	district *district.District
+	server   *bus.Server
+	buses    []*bus.Bus
+	senders  []*bus.Sender
+	log      *slog.Logger
+	now      func() time.Time
+	boot     uint64 // epoch of the devices of this run
+
+	ingest     *ingest.Service
+	validation *validation.Service
+	validators []*consensus.Validator
+	control    *signalcontrol.Service
+	sealing    *sealing.Service
+	audit      *audit.Service
+	gateway    *gateway.Gateway
+	street     street
+}
+
+// street is what all roadside units of this process share: a connection, a
+// sender, and the registry, by which they know who may command.
+type street struct {
+	bus    *bus.Bus
+	sender *bus.Sender
+	state  *agreed.State
+	follow decided.Config
+}
+
+func (s *street) run(ctx context.Context) error {
+	return s.state.Run(ctx, s.follow, func(context.Context, *decided.Block, *identity.Registry) error { return nil })
+}
+
+// localOptions say which district to run.
+type localOptions struct {
+	dir  string
+	open district.Options
+	core signalcontrol.CoreConfig // but for the key
+	now  func() time.Time         // nil: time.Now
+	log  *slog.Logger
+}
+
+// newLocal opens or makes the district in a folder and builds its services;
+// nothing runs yet but the NATS server. Close it, also after Run.
+func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
+	if o.now == nil {
+		o.now = time.Now
+	}
+	l := &local{log: o.log, now: o.now}
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	if l.district, err = district.Open(o.dir, o.open); err != nil {
+		return nil, err
+	}
+	g := &l.district.Genesis
+	if g.District != o.open.ID {
+		return nil, fmt.Errorf("%s holds the district %q, not %q; give another data folder", o.dir, g.District, o.open.ID)
+	}
+	if l.server, err = bus.StartServer(bus.ServerOptions{Dir: filepath.Join(o.dir, "nats"), Logger: o.log}); err != nil {
+		return nil, err
+	}
+	admin, err := l.connect("admin")
+	if err != nil {
+		return nil, err
+	}
+	if err = admin.Declare(ctx, topic.Streams(g.District)); err != nil {
+		return nil, err
+	}
+	reg, err := identity.NewRegistry(g)
+	if err != nil {
+		return nil, err
+	}
+	validators := reg.Validators()
+
+	// follow makes what a service needs to follow decisions on its own.
+	follow := func(name string) (*bus.Bus, *agreed.State, decided.Config, error) {
+		b, err := l.connect(name)
+		if err != nil {
+			return nil, nil, decided.Config{}, err
+		}
+		s, err := agreed.Open(filepath.Join(o.dir, name+".place"), g)
+		if err != nil {
+			return nil, nil, decided.Config{}, err
+		}
+		return b, s, decided.Config{Bus: b, District: g.District, GenesisHash: l.district.GenesisHash, Validators: validators, Logger: o.log.With("service", name)}, nil
+	}
+
+	b, err := l.connect("ingest")
+	if err != nil {
+		return nil, err
+	}
+	if l.ingest, err = ingest.New(ingest.Config{District: g.District, Bus: b, Now: o.now, Logger: o.log.With("service", "ingest")}); err != nil {
+		return nil, err
+	}
+	b, state, fc, err := follow("validation")
+	if err != nil {
+		return nil, err
+	}
+	if l.validation, err = validation.New(validation.Config{District: g.District, Bus: b, State: state, Follow: fc, Now: o.now, Logger: fc.Logger}); err != nil {
+		return nil, err
+	}
+	for _, v := range validators {
+		b, err := l.connect(fmt.Sprintf("validator-%d", v.Number))
+		if err != nil {
+			return nil, err
+		}
+		vote, err := l.district.Key(district.VoteKey(v.Number))
+		if err != nil {
+			return nil, err
+		}
+		cosign, err := l.district.Key(district.CosignKey(v.Number))
+		if err != nil {
+			return nil, err
+		}
+		n, err := consensus.New(consensus.Config{
+			District: g.District, Number: v.Number, VoteKey: vote, CosignKey: cosign, Genesis: l.district.GenesisJSON,
+			Dir: filepath.Join(o.dir, fmt.Sprintf("validator-%d", v.Number)), Bus: b, Now: o.now, Logger: o.log.With("service", "consensus"),
+		})
+		if err != nil {
+			return nil, err
+		}
+		l.validators = append(l.validators, n)
+	}
+	if b, state, fc, err = follow("signal-control"); err != nil {
+		return nil, err
+	}
+	if o.core.Key, err = l.district.Key(district.SignalControlKey); err != nil {
+		return nil, err
+	}
+	s, err := l.sender(b)
+	if err != nil {
+		return nil, err
+	}
+	if l.control, err = signalcontrol.New(signalcontrol.Config{CoreConfig: o.core, Bus: b, Inbox: s, State: state, Follow: fc, Now: o.now, Logger: fc.Logger}); err != nil {
+		return nil, err
+	}
+	if err = l.logParts(o); err != nil {
+		return nil, err
+	}
+	if l.street.bus, l.street.state, l.street.follow, err = follow("street"); err != nil {
+		return nil, err
+	}
+	if l.street.sender, err = l.sender(l.street.bus); err != nil {
+		return nil, err
+	}
+	if b, state, fc, err = follow("gateway"); err != nil {
+		return nil, err
+	}
+	l.gateway, err = gateway.New(gateway.Config{Bus: b, District: g.District, State: state, Follow: fc, Now: o.now, Logger: fc.Logger})
+	return l, err
+}
+
+func (l *local) connect(name string) (*bus.Bus, error) {
+	b, err := l.server.Connect(name)
+	if err != nil {
+		return nil, err
+	}
+	l.buses = append(l.buses, b)
+	return b, nil
+}
+
+func (l *local) sender(b *bus.Bus) (*bus.Sender, error) {
+	s, err := bus.NewSender(bus.SenderConfig{Bus: b, Logger: l.log})
+	if err != nil {
+		return nil, err
+	}
+	l.senders = append(l.senders, s)
+	return s, nil
+}
+
+// run runs every service until ctx ends or one of them fails.
+func (l *local) run(ctx context.Context) error {
+	actors := []run.Actor{
+		{Name: "ingest", Run: l.ingest.Run}, {Name: "validation", Run: l.validation.Run},
+		{Name: "signal-control", Run: l.control.Run}, {Name: "sealing", Run: l.sealing.Run},
+		{Name: "audit", Run: l.audit.Run}, {Name: "gateway", Run: l.gateway.Run},
+		{Name: "street", Run: l.street.run},
+	}
+	for i, v := range l.validators {
+		actors = append(actors, run.Actor{Name: fmt.Sprintf("validator %d", i+1), Run: v.Run})
+	}
+	return run.All(ctx, actors...)
+}
+
+// ready waits until all validators take part, for a service fails on the way
+// done is closed.
+func (l *local) ready(ctx context.Context, done <-chan struct{}) error {
+	for i, v := range l.validators {
+		select {
+		case <-v.Ready():
+		case <-done:
+			return errors.New("a service ended before the district was ready")
+		case <-ctx.Done():
+			return fmt.Errorf("validator %d is not ready: %w", i+1, ctx.Err())
+		}
+	}
+	return nil
+}
+
+// close ends connections before the server, and the server last.
+func (l *local) close() {
+	for _, s := range l.senders {
+		s.Close()
+	}
+	for _, b := range l.buses {
+		b.Close()
+	}
+	if l.server != nil {
+		l.server.Shutdown()
+	}
+}
+
+// handler puts the services' own pages under one address.
+func (l *local) handler() http.Handler {
+	mux := http.NewServeMux()
+	in, au := l.ingest.Handler(), l.audit.Handler()
+	mux.Handle("POST /v1/frames", in)
+	mux.Handle("POST /v1/records", in)
+	mux.Handle("GET /v1/records", au)
+	mux.Handle("GET /v1/evidence/", au)
+	mux.Handle("GET /log/", http.StripPrefix("/log", l.sealing.Handler()))
+	mux.HandleFunc("GET /v1/policy", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		_, _ = w.Write(l.district.Policy) // the client may have gone
+	})
+	mux.HandleFunc("GET /v1/genesis", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(l.district.GenesisJSON) // as above
+	})
+	mux.Handle("/", l.gateway.Handler())
+	return mux
+}
+
+// commander tells roadside units who may command by the registry in force.
+func (l *local) commander(id identity.KeyID) (ed25519.PublicKey, bool) {
+	h, ok := l.street.state.Registry().Holder(id)
+	return h.Key, ok && h.Status == identity.Active && h.May(identity.KindCommand)
+}
+
+func (l *local) deviceKey(j traffic.JunctionID) (ed25519.PrivateKey, error) {
+	return l.district.Key(string(district.DeviceID(j)))
+}
+
+// freshDir returns the folder to use: the given one, made if need be, or a new
+// temporary one.
+func freshDir(dir, pattern string) (string, error) {
+	if dir == "" {
+		return os.MkdirTemp("", pattern)
+	}
+	return dir, os.MkdirAll(dir, 0o755)
+}
