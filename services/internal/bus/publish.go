@@ -84,6 +84,7 @@ func (b *Bus) PublishMsg(ctx context.Context, m Msg) (seq uint64, err error) {
 		trace.WithAttributes(attribute.String("messaging.system", "nats"), attribute.String("messaging.destination.name", m.Subject)))
 	defer span.End()
 	nm := m.nats(ctx)
+	unknown := false // after one try that may have stored it
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		try, cancel := context.WithTimeout(ctx, publishTry)
 		ack, err := b.JS.PublishMsg(try, nm, jetstream.WithRetryAttempts(0))
@@ -91,7 +92,12 @@ func (b *Bus) PublishMsg(ctx context.Context, m Msg) (seq uint64, err error) {
 		if err == nil {
 			return ack.Sequence, nil
 		}
+		api := apiCode(err) != 0 // the stream itself answered, knowing every try before
 		err = publishError(m.Subject, err)
+		unknown = (unknown || errors.Is(err, ErrUnknown)) && !api
+		if unknown && !errors.Is(err, ErrUnknown) {
+			err = kind.Errorf(kind.Of(err), "%w: %w", ErrUnknown, err)
+		}
 		// A full stream empties by age, not within a retry: tell the caller.
 		again := kind.Of(err) == kind.Unavailable && !errors.Is(err, ErrFull) &&
 			(m.ID != "" || !errors.Is(err, ErrUnknown)) && !b.NC.IsClosed()

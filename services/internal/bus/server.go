@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -158,8 +159,14 @@ func (s serverLog) log(level slog.Level, format string, v []any) {
 	}
 }
 func (s serverLog) Noticef(format string, v ...any) { s.log(slog.LevelDebug, format, v) }
-func (s serverLog) Warnf(format string, v ...any)   { s.log(slog.LevelWarn, format, v) }
-func (s serverLog) Errorf(format string, v ...any)  { s.log(slog.LevelError, format, v) }
-func (s serverLog) Fatalf(format string, v ...any)  { s.log(slog.LevelError, format, v) }
-func (s serverLog) Debugf(format string, v ...any)  { s.log(slog.LevelDebug, format, v) }
-func (s serverLog) Tracef(format string, v ...any)  { s.log(slog.LevelDebug, format, v) }
+func (s serverLog) Warnf(format string, v ...any) {
+	level := slog.LevelWarn
+	if strings.HasPrefix(format, "Maximum payloads over") {
+		level = slog.LevelDebug // we chose it: see topic.MaxPayload
+	}
+	s.log(level, format, v)
+}
+func (s serverLog) Errorf(format string, v ...any) { s.log(slog.LevelError, format, v) }
+func (s serverLog) Fatalf(format string, v ...any) { s.log(slog.LevelError, format, v) }
+func (s serverLog) Debugf(format string, v ...any) { s.log(slog.LevelDebug, format, v) }
+func (s serverLog) Tracef(format string, v ...any) { s.log(slog.LevelDebug, format, v) }
