@@ -173,25 +173,29 @@ func Faults(n int) int { return (n - 1) / 3 }
 // Quorum returns how many of n validators must sign: ⌈(n+f+1)/2⌉.
 func Quorum(n int) int { return (n + Faults(n) + 2) / 2 }
 
-// CheckVotes verifies that a quorum of the validators signed the header.
-// Votes of strangers and second votes of one validator count for nothing.
-func CheckVotes(h Hash, metadata []byte, votes []Vote, validators []identity.Validator) error {
+// ValidVotes returns the votes that are valid, one for each validator at most:
+// votes of strangers and second votes of one validator count for nothing.
+func ValidVotes(h Hash, metadata []byte, votes []Vote, validators []identity.Validator) []Vote {
 	input := VoteInput(h, metadata)
 	keys := make(map[uint64]identity.PublicKey, len(validators))
 	for _, v := range validators {
 		keys[v.Number] = v.VoteKey
 	}
-	good := 0
+	var good []Vote
 	for _, v := range votes {
 		key, ok := keys[v.Validator]
-		if !ok {
-			continue
-		}
-		delete(keys, v.Validator)
-		if identity.VerifyBytes([]byte(key), input, v.Signature) {
-			good++
+		if ok && identity.VerifyBytes([]byte(key), input, v.Signature) {
+			delete(keys, v.Validator)
+			good = append(good, v)
 		}
 	}
+	return good
+}
+
+// CheckVotes verifies that a quorum of the validators signed the header; see
+// [ValidVotes].
+func CheckVotes(h Hash, metadata []byte, votes []Vote, validators []identity.Validator) error {
+	good := len(ValidVotes(h, metadata, votes, validators))
 	if q := Quorum(len(validators)); good < q || len(validators) == 0 {
 		return fmt.Errorf("block votes: %d valid of the %d needed from %d validators", good, q, len(validators))
 	}

@@ -11,7 +11,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 
@@ -252,12 +254,16 @@ type Chain struct {
 	// Voters are the validators that vote and cosign; all of them at first.
 	Voters []int
 	Blocks []*Block
+	// Judged holds, for each block, the registry by which its records were judged.
+	Judged []*identity.Registry
 	tree   ledger.Frontier
+	tiler  ledger.Tiler
+	tiles  map[ledger.TileID][]byte
 }
 
 // NewChain returns a chain without blocks.
 func (d *District) NewChain() *Chain {
-	c := &Chain{District: d, Registry: must(identity.NewRegistry(&d.Genesis))}
+	c := &Chain{District: d, tiles: map[ledger.TileID][]byte{}, Registry: must(identity.NewRegistry(&d.Genesis))}
 	for i := range d.Vote {
 		c.Voters = append(c.Voters, i)
 	}
@@ -267,6 +273,7 @@ func (d *District) NewChain() *Chain {
 // Decide appends a block of batches, a second later than the one before.
 // Registry records take effect, where the registry allows them.
 func (c *Chain) Decide(batches ...[]Record) *Block {
+	c.Judged = append(c.Judged, c.Registry.Clone())
 	b := &Block{}
 	h := ledger.Header{
 		Height: 1, Time: Start.Add(time.Second), Genesis: c.GenesisHash, Parent: c.GenesisHash, PrevSize: c.tree.Size(),
@@ -299,6 +306,10 @@ func (c *Chain) Decide(batches ...[]Record) *Block {
 		b.Leaves = append(b.Leaves, ledger.Leaf{Class: ledger.ClassRecord, Commitment: ledger.Commit(r.Salt, r.Envelope)})
 	}
 	c.tree.Append(b.Leaves)
+	c.tiler.Append(b.Leaves)
+	for _, f := range append(c.tiler.Full(), c.tiler.Partial()...) {
+		c.tiles[f.TileID] = f.Data
+	}
 	h.Size, h.Root = c.tree.Size(), c.tree.Root()
 	h.Leaves, h.Verdicts, h.Requests = ledger.LeavesDigest(b.Leaves), b.Verdicts.Digest(), ledger.RequestsDigest(ids)
 	b.Header = h
@@ -344,4 +355,39 @@ func (c *Chain) Fill(n int) *Chain {
 		c.Decide([]Record{c.Frame(2*h-1, at), refused, c.Frame(2*h, at)}, []Record{c.Command(h, h, at)})
 	}
 	return c
+}
+
+// ReadTile makes the chain a [ledger.TileReader] of the log at each block's end.
+func (c *Chain) ReadTile(t ledger.TileID) ([]byte, error) {
+	b, ok := c.tiles[t]
+	if !ok {
+		return nil, fmt.Errorf("%s: %w", t.Path(), fs.ErrNotExist)
+	}
+	return b, nil
+}
+
+// Bundle returns evidence for records by leaf index, sealed by the checkpoint at
+// the end of the newest block. The block after each record's must exist.
+func (c *Chain) Bundle(indexes ...uint64) *ledger.Bundle {
+	last := c.Blocks[len(c.Blocks)-1]
+	size := last.Header.Size
+	out := &ledger.Bundle{Checkpoint: c.Seal(last), Policy: c.Policy}
+	for i, blk := range c.Blocks {
+		var signers []identity.Holder
+		for _, p := range blk.Payloads() {
+			if !slices.Contains(indexes, p.Index) {
+				continue
+			}
+			e := must(identity.ParseEnvelope(p.Envelope))
+			h, _ := c.Judged[i].Holder(e.Key)
+			signers = append(signers, h)
+			out.Records = append(out.Records, ledger.BundleRecord{Index: p.Index, Salt: p.Salt, Envelope: p.Envelope,
+				Proof: must(ledger.Prove(c, size, p.Index))})
+		}
+		if len(signers) > 0 {
+			out.Blocks = append(out.Blocks, ledger.BundleBlock{Header: blk.Header, Metadata: blk.Metadata, Votes: blk.Votes,
+				Proof: must(ledger.Prove(c, size, blk.Header.Size)), Registry: must(ledger.Excerpts(c.Judged[i], signers))})
+		}
+	}
+	return out
 }

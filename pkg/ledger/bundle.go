@@ -1,0 +1,350 @@
+package ledger
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/stopline-traffic/stopline/pkg/identity"
+)
+
+// Bounds of a bundle.
+const (
+	// MaxBundle is the largest bundle, bytes.
+	MaxBundle = 64 << 20
+	// MaxBundleRecords is how many records a bundle may hold.
+	MaxBundleRecords = 4096
+
+	maxBundleFiles = 5*MaxBundleRecords + 16
+	maxExcerpt     = 4 << 20
+)
+
+// BundleFormat names the format in bundle.json.
+const BundleFormat = "stopline evidence v1"
+
+// Bundle is evidence for one or more records: everything that is needed to
+// verify them but a policy that the verifier trusts. The format is in the
+// package documentation.
+type Bundle struct {
+	// Checkpoint is the sealed checkpoint, a signed note, to which all proofs lead.
+	Checkpoint []byte
+	// Policy is whose signatures the maker thinks are needed: a hint.
+	Policy []byte
+	// Blocks that hold the records, by height; every one holds at least one.
+	Blocks []BundleBlock
+	// Records by leaf index.
+	Records []BundleRecord
+}
+
+// BundleBlock is a block of which a bundle holds records.
+type BundleBlock struct {
+	Header   Header
+	Metadata []byte
+	Votes    []Vote
+	// Proof that the leaf at Header.Size, the first of the next block, commits to
+	// this header.
+	Proof []tlog.Hash
+	// Registry holds the entries of the records' signers, of all validators, and
+	// those beside the validators, by index: see [Excerpts].
+	Registry []identity.Excerpt
+}
+
+// BundleRecord is one record.
+type BundleRecord struct {
+	Index    uint64
+	Salt     Salt
+	Envelope []byte
+	Proof    []tlog.Hash
+}
+
+// manifest is bundle.json.
+type manifest struct {
+	Format string         `json:"format"`
+	Files  []manifestFile `json:"files"`
+}
+
+type manifestFile struct {
+	Name   string `json:"name"`
+	SHA256 string `json:"sha256"`
+}
+
+// files returns the bundle's files in their order, but for bundle.json.
+func (b *Bundle) files() []zipFile {
+	out := []zipFile{
+		{"statement.txt", []byte(b.statement())},
+		{"checkpoint", b.Checkpoint},
+		{"policy", b.Policy},
+	}
+	add := func(name string, data []byte) { out = append(out, zipFile{name, data}) }
+	for _, k := range b.Blocks {
+		dir := fmt.Sprintf("blocks/%d/", k.Header.Height)
+		add(dir+"header", k.Header.Marshal())
+		add(dir+"votes", append(appendSized(nil, k.Metadata), MarshalVotes(k.Votes)...))
+		add(dir+"proof", FormatProof(k.Header.Size, k.Proof, b.Checkpoint))
+		for _, x := range k.Registry {
+			j, err := json.Marshal(x)
+			if err != nil {
+				panic(fmt.Sprintf("ledger: registry excerpt: %v", err)) // unreachable: bytes and numbers
+			}
+			add(fmt.Sprintf("%sregistry/%d", dir, x.Index), j)
+		}
+	}
+	for _, r := range b.Records {
+		dir := fmt.Sprintf("records/%d/", r.Index)
+		add(dir+"envelope", r.Envelope)
+		add(dir+"salt", r.Salt[:])
+		add(dir+"proof", FormatProof(r.Index, r.Proof, b.Checkpoint))
+	}
+	return out
+}
+
+// Marshal returns the bundle's bytes, the same for the same content. It does not
+// verify anything.
+func (b *Bundle) Marshal() []byte {
+	files := b.files()
+	return writeZip(append([]zipFile{{"bundle.json", manifestOf(files)}}, files...))
+}
+
+func manifestOf(files []zipFile) []byte {
+	m := manifest{Format: BundleFormat}
+	for _, f := range files {
+		h := sha256.Sum256(f.data)
+		m.Files = append(m.Files, manifestFile{f.name, hex.EncodeToString(h[:])})
+	}
+	j, err := json.MarshalIndent(m, "", " ")
+	if err != nil {
+		panic(fmt.Sprintf("ledger: bundle.json: %v", err)) // unreachable: strings only
+	}
+	return append(j, '\n')
+}
+
+// Finding is one thing that is wrong.
+type Finding struct {
+	// File within the bundle, empty where it is the archive as a whole.
+	File string `json:"file,omitempty"`
+	// Record is the leaf index of the record that it concerns.
+	Record *uint64 `json:"record,omitempty"`
+	Reason string  `json:"reason"`
+}
+
+func (f *Finding) Error() string {
+	s := f.Reason
+	if f.File != "" {
+		s = f.File + ": " + s
+	}
+	if f.Record != nil {
+		s = fmt.Sprintf("record %d: %s", *f.Record, s)
+	}
+	return s
+}
+
+// ParseBundle decodes what [Bundle.Marshal] wrote, and nothing else: names,
+// order, statement and digests must be what the content makes them. Errors are a
+// *[Finding]. It does not verify signatures or proofs: see [VerifyBundle].
+func ParseBundle(b []byte) (*Bundle, error) {
+	if len(b) > MaxBundle {
+		return nil, &Finding{Reason: fmt.Sprintf("archive: %d bytes, at most %d are taken", len(b), MaxBundle)}
+	}
+	files, bad := readZip(b, maxBundleFiles)
+	if bad != nil {
+		return nil, bad
+	}
+	if len(files) < 4 || files[0].name != "bundle.json" {
+		return nil, &Finding{Reason: "archive: is no evidence bundle: bundle.json does not come first"}
+	}
+	fail := func(f zipFile, format string, args ...any) (*Bundle, error) {
+		return nil, &Finding{File: f.name, Reason: fmt.Sprintf(format, args...)}
+	}
+	var m manifest
+	if err := json.Unmarshal(files[0].data, &m); err != nil || m.Format != BundleFormat {
+		return fail(files[0], "is not of format %q", BundleFormat)
+	}
+	if len(m.Files) != len(files)-1 {
+		return fail(files[0], "names %d files, the archive has %d more", len(m.Files), len(files)-1)
+	}
+	for i, f := range files[1:] {
+		h := sha256.Sum256(f.data)
+		if m.Files[i].Name != f.name || m.Files[i].SHA256 != hex.EncodeToString(h[:]) {
+			return fail(f, "is not the file that bundle.json names here")
+		}
+	}
+	out := &Bundle{}
+	for i, f := range files[1:] {
+		if err := out.file(f); err != nil {
+			return fail(files[i+1], "%v", err)
+		}
+	}
+	// Whatever was read must be all there is, and in its only form.
+	want := out.files()
+	for i, f := range files[1:] {
+		if i >= len(want) || want[i].name != f.name {
+			return fail(f, "has no place in a bundle, or not here")
+		}
+		if !bytes.Equal(want[i].data, f.data) {
+			return fail(f, "is not in the form that follows from the rest of the bundle")
+		}
+	}
+	if len(want) != len(files)-1 {
+		return nil, &Finding{File: want[len(files)-1].name, Reason: "is missing"}
+	}
+	if !bytes.Equal(manifestOf(want), files[0].data) {
+		return fail(files[0], "is not in its canonical form")
+	}
+	return out, nil
+}
+
+// file takes one file in. Order and completeness are checked afterwards.
+func (b *Bundle) file(f zipFile) error {
+	switch f.name {
+	case "statement.txt": // compared with what it must be
+		return nil
+	case "checkpoint":
+		b.Checkpoint = f.data
+		return nil
+	case "policy":
+		b.Policy = f.data
+		return nil
+	}
+	p := strings.Split(f.name, "/")
+	if len(p) < 3 {
+		return fmt.Errorf("has no place in a bundle")
+	}
+	n, err := strconv.ParseUint(p[1], 10, 63)
+	if err != nil {
+		return fmt.Errorf("has no place in a bundle")
+	}
+	switch p[0] {
+	case "blocks":
+		return b.blockFile(Height(n), p[2:], f.data)
+	case "records":
+		if len(p) != 3 {
+			break
+		}
+		return b.recordFile(n, p[2], f.data)
+	}
+	return fmt.Errorf("has no place in a bundle")
+}
+
+func (b *Bundle) blockFile(h Height, p []string, data []byte) (err error) {
+	if p[0] == "header" {
+		k := BundleBlock{}
+		if k.Header, err = ParseHeader(data); err != nil {
+			return err
+		}
+		if k.Header.Height != h {
+			return fmt.Errorf("height: %d in the header, %d in the name", k.Header.Height, h)
+		}
+		if n := len(b.Blocks); n > 0 && b.Blocks[n-1].Header.Height >= h {
+			return fmt.Errorf("blocks must come by height, each once")
+		}
+		b.Blocks = append(b.Blocks, k)
+		return nil
+	}
+	if len(b.Blocks) == 0 || b.Blocks[len(b.Blocks)-1].Header.Height != h {
+		return fmt.Errorf("the block's header must come first")
+	}
+	k := &b.Blocks[len(b.Blocks)-1]
+	switch {
+	case p[0] == "votes" && len(p) == 1:
+		var rest []byte
+		if k.Metadata, rest, err = cutSized(data); err != nil {
+			return fmt.Errorf("metadata: %w", err)
+		}
+		k.Votes, err = ParseVotes(rest)
+		return err
+	case p[0] == "proof" && len(p) == 1:
+		_, k.Proof, _, err = ParseProof(data)
+		return err
+	case p[0] == "registry" && len(p) == 2:
+		if len(data) > maxExcerpt {
+			return fmt.Errorf("%d bytes, at most %d are taken", len(data), maxExcerpt)
+		}
+		var x identity.Excerpt
+		if err := json.Unmarshal(data, &x); err != nil {
+			return err
+		}
+		if n := len(k.Registry); n > 0 && k.Registry[n-1].Index >= x.Index {
+			return fmt.Errorf("registry entries must come by index, each once")
+		}
+		k.Registry = append(k.Registry, x)
+		return nil
+	}
+	return fmt.Errorf("has no place in a bundle")
+}
+
+func (b *Bundle) recordFile(index uint64, name string, data []byte) (err error) {
+	if name == "envelope" {
+		if n := len(b.Records); n == MaxBundleRecords {
+			return fmt.Errorf("more than %d records", MaxBundleRecords)
+		} else if n > 0 && b.Records[n-1].Index >= index {
+			return fmt.Errorf("records must come by index, each once")
+		}
+		b.Records = append(b.Records, BundleRecord{Index: index, Envelope: data})
+		return nil
+	}
+	if len(b.Records) == 0 || b.Records[len(b.Records)-1].Index != index {
+		return fmt.Errorf("the record's envelope must come first")
+	}
+	r := &b.Records[len(b.Records)-1]
+	switch name {
+	case "salt":
+		if len(data) != len(r.Salt) {
+			return fmt.Errorf("%d bytes, want %d", len(data), len(r.Salt))
+		}
+		r.Salt = Salt(data)
+		return nil
+	case "proof":
+		_, r.Proof, _, err = ParseProof(data)
+		return err
+	}
+	return fmt.Errorf("has no place in a bundle")
+}
+
+// Excerpts returns what [BundleBlock.Registry] must hold for records signed by
+// the given holders: their entries, all validators, and the entries beside the
+// validators in the registry's order, which show that none was left out.
+func Excerpts(reg *identity.Registry, signers []identity.Holder) ([]identity.Excerpt, error) {
+	byIndex := map[int64]identity.Excerpt{}
+	for _, h := range signers {
+		x, err := reg.Prove(h.Type, h.ID)
+		if err != nil {
+			return nil, err
+		}
+		byIndex[x.Index] = x
+	}
+	first, last, size := int64(-1), int64(-1), int64(0)
+	for _, v := range reg.Validators() {
+		x, err := reg.Prove(identity.TypeValidator, strconv.FormatUint(v.Number, 10))
+		if err != nil {
+			return nil, err
+		}
+		byIndex[x.Index] = x
+		if first < 0 || x.Index < first {
+			first = x.Index
+		}
+		last, size = max(last, x.Index), x.Size
+	}
+	for _, i := range []int64{first - 1, last + 1} {
+		if i < 0 || i >= size {
+			continue // the registry ends here
+		}
+		x, err := reg.ProveAt(i)
+		if err != nil {
+			return nil, err
+		}
+		byIndex[x.Index] = x
+	}
+	out := make([]identity.Excerpt, 0, len(byIndex))
+	for _, x := range byIndex {
+		out = append(out, x)
+	}
+	slices.SortFunc(out, func(a, b identity.Excerpt) int { return int(a.Index - b.Index) })
+	return out, nil
+}
