@@ -528,6 +528,17 @@ func (r *Registry) Prove(t EntryType, id string) (Excerpt, error) {
 	return Excerpt{Entry: r.entries[k].Marshal(), Index: int64(i), Size: r.tree.Len(), Proof: p}, nil
 }
 
+// ProveAt returns the excerpt of the entry at an index in the registry's order:
+// by type and id.
+func (r *Registry) ProveAt(i int64) (Excerpt, error) {
+	r.build()
+	p, err := r.tree.Prove(i)
+	if err != nil {
+		return Excerpt{}, err
+	}
+	return Excerpt{Entry: r.entries[r.order[i]].Marshal(), Index: i, Size: r.tree.Len(), Proof: p}, nil
+}
+
 // Check verifies the excerpt against a registry hash and returns its entry.
 func (x Excerpt) Check(hash merkle.Hash) (Entry, error) {
 	if err := merkle.Check(x.Proof, x.Size, hash, x.Index, x.Entry); err != nil {
