@@ -225,8 +225,11 @@ func kindOf(err error) kind.Kind {
 		api = js.APIError()
 	}
 	if api == nil {
-		if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrBadSubject) || errors.Is(err, nats.ErrInvalidMsg) {
-			return kind.Invalid
+		for _, never := range []error{nats.ErrMaxPayload, nats.ErrBadSubject, nats.ErrInvalidMsg, jetstream.ErrInvalidConsumerName,
+			jetstream.ErrInvalidStreamName, jetstream.ErrInvalidSubject} {
+			if errors.Is(err, never) {
+				return kind.Invalid
+			}
 		}
 		return kind.Unavailable // timeouts, no responders, connection away
 	}
