@@ -1,0 +1,30 @@
+// Package sealing writes the district's log and gets it sealed.
+//
+// It follows the decided blocks, makes each durable, and at most ten times a
+// second asks the validators to cosign the log as it is after the newest block.
+// With the cosignatures that the district's policy wants it signs with the log's
+// key: then everything up to there is sealed, and anyone can check it.
+//
+// # The data folder
+//
+//	DIR/genesis.json       what the district began from; never changes
+//	DIR/policy             whose signatures a checkpoint needs (C2SP tlog-policy)
+//	DIR/log/checkpoint     the newest sealed checkpoint (C2SP tlog-checkpoint)
+//	DIR/log/tile/…         tiles and entry bundles (C2SP tlog-tiles)
+//	DIR/log/blocks/        journal: every block without payloads, record = height − 1
+//	DIR/log/checkpoints/   every sealed checkpoint with its height
+//	DIR/log/tmp/           files being written
+//	DIR/payload/record/    envelopes and salts, apart, so that they can be let go
+//
+// Journals and payloads are in the form of pkg/ledger/segment, their records in
+// that of [ledger.Decided], [ledger.SealedAt] and [ledger.Payload].
+//
+// The log can be served from DIR/log by any web server, or by [Handler].
+//
+// # Order of durability
+//
+// Payloads, journal, tiles, history, checkpoint: each is on disk before the next
+// is begun, and each can be made again from those before. Starting up runs the
+// same functions as going on, so that a crash at any point leads to the same
+// bytes. A checkpoint never covers what is not on disk.
+package sealing

@@ -1,0 +1,194 @@
+package sealing
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+)
+
+// files writes the log's files. Each appears under its name whole or not at
+// all: it is written and synced in the folder tmp first.
+type files struct {
+	root   string // the folder of checkpoint and tile
+	hook   func(op, path string) error
+	known  map[string]bool // folders that are there; used by one goroutine
+	number atomic.Uint64
+}
+
+func newFiles(root string, hook func(op, path string) error) *files {
+	if hook == nil {
+		hook = func(string, string) error { return nil }
+	}
+	return &files{root: root, hook: hook, known: map[string]bool{}}
+}
+
+func (f *files) tmp() string { return filepath.Join(f.root, "tmp") }
+
+// start makes the folders and removes what a crash left in tmp.
+func (f *files) start() error {
+	dirty := map[string]bool{}
+	if err := f.mkdir(f.tmp(), dirty); err != nil {
+		return err
+	}
+	if err := f.syncDirs(dirty); err != nil {
+		return err
+	}
+	es, err := os.ReadDir(f.tmp())
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		if err := f.remove(filepath.Join(f.tmp(), e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mkdir makes a folder and its parents, and notes the folders that have a new
+// entry and must be synced.
+func (f *files) mkdir(dir string, dirty map[string]bool) error {
+	if f.known[dir] {
+		return nil
+	}
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		parent := filepath.Dir(dir)
+		if err := f.mkdir(parent, dirty); err != nil {
+			return err
+		}
+		if err := f.hook("create", dir); err != nil {
+			return err
+		}
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		dirty[parent] = true
+	} else if err != nil {
+		return err
+	}
+	f.known[dir] = true
+	return nil
+}
+
+// put writes a file and renames it into place; its folder is not synced yet.
+func (f *files) put(path string, b []byte) error {
+	tmp := filepath.Join(f.tmp(), strconv.FormatUint(f.number.Add(1), 10))
+	if err := f.hook("create", tmp); err != nil {
+		return err
+	}
+	w, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	err = func() error {
+		if err := f.hook("write", tmp); err != nil {
+			return err
+		}
+		if _, err := w.Write(b); err != nil {
+			return err
+		}
+		if err := f.hook("sync", tmp); err != nil {
+			return err
+		}
+		return w.Sync()
+	}()
+	if err := errors.Join(err, w.Close()); err != nil {
+		return err
+	}
+	if err := f.hook("rename", path); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+// write makes one file durable.
+func (f *files) write(path string, b []byte) error {
+	dirty := map[string]bool{filepath.Dir(path): true}
+	if err := f.mkdir(filepath.Dir(path), dirty); err != nil {
+		return err
+	}
+	if err := f.put(path, b); err != nil {
+		return err
+	}
+	return f.syncDirs(dirty)
+}
+
+// parallel bounds syncs at one time: they wait for the disk, not for us.
+const parallel = 8
+
+// writeTiles makes tiles durable: contents first, then the names.
+func (f *files) writeTiles(tiles []ledger.TileFile) error {
+	dirty := map[string]bool{}
+	var g errgroup.Group
+	g.SetLimit(parallel)
+	for _, t := range tiles {
+		path := filepath.Join(f.root, filepath.FromSlash(t.Path()))
+		if err := f.mkdir(filepath.Dir(path), dirty); err != nil {
+			return errors.Join(err, g.Wait())
+		}
+		dirty[filepath.Dir(path)] = true
+		g.Go(func() error { return f.put(path, t.Data) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return f.syncDirs(dirty)
+}
+
+// syncDirs syncs folders, those further down first.
+func (f *files) syncDirs(dirty map[string]bool) error {
+	dirs := make([]string, 0, len(dirty))
+	for d := range dirty {
+		dirs = append(dirs, d)
+	}
+	slices.SortFunc(dirs, func(a, b string) int { return len(b) - len(a) })
+	for _, d := range dirs {
+		if err := f.hook("syncdir", d); err != nil {
+			return err
+		}
+		h, err := os.Open(d)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(h.Sync(), h.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *files) remove(path string) error {
+	if err := f.hook("remove", path); err != nil {
+		return err
+	}
+	return os.Remove(path)
+}
+
+// dropPartial removes all partial forms of a tile. It need not be durable: what
+// comes back after a crash is still right.
+func (f *files) dropPartial(id ledger.TileID) error {
+	id.Width = 1
+	dir := filepath.Dir(filepath.Join(f.root, filepath.FromSlash(id.Path())))
+	es, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		if err := f.remove(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	delete(f.known, dir)
+	return f.remove(dir)
+}

@@ -1,0 +1,402 @@
+package sealing
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+	"google.golang.org/protobuf/proto"
+
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/kind"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/services/internal/bus"
+	"github.com/stopline-traffic/stopline/services/internal/decided"
+	"github.com/stopline-traffic/stopline/services/internal/run"
+	"github.com/stopline-traffic/stopline/services/internal/wire"
+)
+
+// Config of a [Service].
+type Config struct {
+	// Bus to follow blocks and ask validators on. Required.
+	Bus *bus.Bus
+	// Dir is the data folder. Required.
+	Dir string
+	// GenesisJSON is the district's genesis document, Policy its tlog-policy file.
+	// Required.
+	GenesisJSON, Policy []byte
+	// LogKey is the log's signing key in the form of sumdb/note. Required.
+	LogKey string
+	// Interval is the least time between checkpoints. 100 ms.
+	Interval time.Duration
+	// CosignTimeout is how long validators are asked to cosign one checkpoint
+	// before a newer one is tried. 2 s.
+	CosignTimeout time.Duration
+	// SegmentBytes is the size of segments on disk. 64 MiB.
+	SegmentBytes int64
+	// Now is the district's clock. time.Now.
+	Now func() time.Time
+	// Logger is optional.
+	Logger *slog.Logger
+}
+
+// Validate reports everything that is wrong, joined.
+func (c *Config) Validate() error {
+	var errs []error
+	if c.Bus == nil {
+		errs = append(errs, errors.New("sealing: Bus: must be given"))
+	}
+	if c.Dir == "" {
+		errs = append(errs, errors.New("sealing: Dir: must be given"))
+	}
+	g, err := identity.ParseGenesis(c.GenesisJSON)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("sealing: GenesisJSON: %w", err))
+	}
+	if _, err := ledger.ParsePolicy(c.Policy); err != nil {
+		errs = append(errs, fmt.Errorf("sealing: Policy: %w", err))
+	}
+	s, err := note.NewSigner(c.LogKey)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("sealing: LogKey: %w", err))
+	} else if g != nil && s.Name() != g.Origin {
+		errs = append(errs, fmt.Errorf("sealing: LogKey: is named %s, the log %s", s.Name(), g.Origin))
+	}
+	if c.Interval < 0 || c.CosignTimeout < 0 {
+		errs = append(errs, errors.New("sealing: Interval, CosignTimeout: must not be negative"))
+	}
+	return errors.Join(errs...)
+}
+
+// Metrics is a snapshot of what a [Service] has done.
+type Metrics struct {
+	State
+	Blocks      uint64 // journalled since start
+	Checkpoints uint64 // sealed since start
+	Refused     uint64 // cosign requests that a validator refused or answered wrongly
+	Unanswered  uint64 // cosign requests without an answer
+	Junk        uint64 // copies of blocks that were not valid
+	// SealedP50 and SealedP99 are how long the last blocks (up to 1024) waited
+	// from arriving here to being sealed.
+	SealedP50, SealedP99 time.Duration
+}
+
+// Service is sealing.
+type Service struct {
+	c         Config
+	log       *slog.Logger
+	store     *Store
+	signer    note.Signer
+	genesis   *identity.Genesis
+	cosigners []cosigner
+	stats     decided.Stats
+	journaled chan struct{} // has room for one: a block was journalled
+
+	mu      sync.Mutex // guards what follows
+	m       Metrics
+	arrived map[ledger.Height]time.Time // wall clock; of blocks not sealed yet
+	waits   []time.Duration             // ring
+	next    int                         // in waits
+}
+
+type cosigner struct {
+	number uint64
+	*ledger.Cosigner
+}
+
+// New opens the data folder.
+func New(c Config) (*Service, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	if c.Interval == 0 {
+		c.Interval = 100 * time.Millisecond
+	}
+	if c.CosignTimeout == 0 {
+		c.CosignTimeout = 2 * time.Second
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	store, err := OpenStore(StoreOptions{Dir: c.Dir, GenesisJSON: c.GenesisJSON, Policy: c.Policy, SegmentBytes: c.SegmentBytes})
+	if err != nil {
+		return nil, fmt.Errorf("sealing: %w", err)
+	}
+	s := &Service{c: c, log: c.Logger, store: store, genesis: store.genesis,
+		journaled: make(chan struct{}, 1), arrived: map[ledger.Height]time.Time{}}
+	if s.signer, err = note.NewSigner(c.LogKey); err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
+	for _, v := range store.validators {
+		k, err := ledger.NewCosigner(ledger.CosignerName(s.genesis.Origin, v.Number), ed25519.PublicKey(v.CosignKey))
+		if err != nil {
+			return nil, errors.Join(err, store.Close())
+		}
+		s.cosigners = append(s.cosigners, cosigner{v.Number, k})
+	}
+	return s, nil
+}
+
+// Close closes the data folder. Run must have returned.
+func (s *Service) Close() error { return s.store.Close() }
+
+// Metrics returns a snapshot.
+func (s *Service) Metrics() Metrics {
+	st := s.store.State()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m := s.m
+	m.State, m.Junk = st, s.stats.Junk.Load()
+	if w := slices.Sorted(slices.Values(s.waits)); len(w) > 0 {
+		m.SealedP50, m.SealedP99 = w[len(w)/2], w[len(w)*99/100]
+	}
+	return m
+}
+
+// Run follows and seals until ctx ends, which is not an error. A failing disk is
+// one: what is durable is then not known, and starting again finds out.
+func (s *Service) Run(ctx context.Context) error {
+	blocks := make(chan *decided.Block, 256)
+	return run.All(ctx,
+		run.Actor{Name: "follow", Run: func(ctx context.Context) error {
+			return decided.Follow(ctx, decided.Config{
+				Bus: s.c.Bus, District: s.genesis.District, GenesisHash: hashOf(s.c.GenesisJSON), Validators: s.store.validators,
+				Resume: s.store.Resume(), Stats: &s.stats, Logger: s.log,
+			}, func(ctx context.Context, b *decided.Block) error {
+				select {
+				case blocks <- b:
+					return nil
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			})
+		}},
+		run.Actor{Name: "journal", Run: func(ctx context.Context) error { return s.journal(ctx, blocks) }},
+		run.Actor{Name: "seal", Run: s.seal},
+	)
+}
+
+// journal makes blocks durable, all that are waiting together.
+func (s *Service) journal(ctx context.Context, blocks <-chan *decided.Block) error {
+	for {
+		var group []*decided.Block
+		select {
+		case <-ctx.Done():
+			return nil
+		case b := <-blocks:
+			group = append(group, b)
+		}
+	more:
+		for len(group) < cap(blocks) {
+			select {
+			case b := <-blocks:
+				group = append(group, b)
+			default:
+				break more
+			}
+		}
+		now := time.Now()
+		s.mu.Lock()
+		for _, b := range group {
+			s.arrived[b.Header.Height] = now
+		}
+		s.mu.Unlock()
+		if err := s.store.Append(group...); err != nil {
+			return err
+		}
+		s.mu.Lock()
+		s.m.Blocks += uint64(len(group))
+		s.mu.Unlock()
+		select {
+		case s.journaled <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// seal makes checkpoints, one after another.
+func (s *Service) seal(ctx context.Context) error {
+	// The seal before a crash may not have been announced.
+	if n, h, err := s.store.Last(); err != nil {
+		return err
+	} else if n != nil {
+		sealed, err := s.store.Check(n)
+		if err != nil {
+			return err
+		}
+		s.announce(ctx, n, h, sealed.Size)
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select { // not before Interval has passed
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		}
+		p, ok := s.store.Snapshot()
+		for !ok {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-s.journaled:
+			}
+			p, ok = s.store.Snapshot()
+		}
+		timer.Reset(s.c.Interval)
+		if err := s.checkpoint(ctx, p); err != nil {
+			return err
+		}
+	}
+}
+
+// checkpoint gets one point sealed, or gives up on it when validators do not
+// cosign in time. Only errors of the disk come back.
+func (s *Service) checkpoint(ctx context.Context, p *Point) error {
+	cp := p.Header.Checkpoint(s.genesis.Origin)
+	cctx, cancel := context.WithTimeout(ctx, s.c.CosignTimeout)
+	defer cancel()
+	tiles := make(chan error, 1)
+	go func() { tiles <- s.store.WriteTiles(p) }() // validators look at their own log, not at our tiles
+	signed, cerr := s.cosign(cctx, p.Header.Height, cp)
+	if err := <-tiles; err != nil {
+		return fmt.Errorf("tiles of block %d: %w", p.Header.Height, err)
+	}
+	if cerr != nil {
+		if ctx.Err() == nil {
+			s.log.Warn("sealing: no quorum of cosignatures", "height", p.Header.Height, "err", cerr)
+		}
+		return nil
+	}
+	if err := s.store.Seal(p, signed); err != nil {
+		return fmt.Errorf("sealing block %d: %w", p.Header.Height, err)
+	}
+	now := time.Now()
+	s.mu.Lock()
+	s.m.Checkpoints++
+	for h, at := range s.arrived {
+		if h <= p.Header.Height {
+			s.wait(now.Sub(at))
+			delete(s.arrived, h)
+		}
+	}
+	s.mu.Unlock()
+	s.announce(ctx, signed, p.Header.Height, cp.Size)
+	return nil
+}
+
+// keptWaits is over how many blocks the latency is taken.
+const keptWaits = 1024
+
+func (s *Service) wait(d time.Duration) {
+	if len(s.waits) < keptWaits {
+		s.waits = append(s.waits, d)
+		return
+	}
+	s.waits[s.next] = d
+	s.next = (s.next + 1) % keptWaits
+}
+
+// resend is how long to wait before asking a validator again, who may not have
+// the block yet.
+const resend = 20 * time.Millisecond
+
+// cosign asks all validators until the policy is met and returns the signed
+// checkpoint.
+func (s *Service) cosign(ctx context.Context, h ledger.Height, cp ledger.Checkpoint) ([]byte, error) {
+	body := cp.Body()
+	req, err := proto.Marshal(&pb.CosignRequest{Height: uint64(h), Body: []byte(body)})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	lines := make(chan string, len(s.cosigners))
+	for _, c := range s.cosigners {
+		wg.Go(func() {
+			if line, ok := s.askOne(ctx, c, body, req); ok {
+				lines <- line
+			}
+		})
+	}
+	var have []string
+	last := errors.New("no validator has answered")
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%d of %d validators cosigned: %w", len(have), len(s.cosigners), last)
+		case line := <-lines:
+			have = append(have, line)
+			slices.Sort(have) // the same lines, the same note
+			signed, err := ledger.Seal(cp, s.signer, have)
+			if err != nil {
+				return nil, err
+			}
+			if _, last = s.store.Check(signed); last == nil {
+				return signed, nil
+			}
+		}
+	}
+}
+
+// askOne asks one validator until it cosigns.
+func (s *Service) askOne(ctx context.Context, c cosigner, body string, req []byte) (line string, ok bool) {
+	subject := topic.Cosign(s.genesis.District, c.number)
+	for wait := resend; ; wait = min(2*wait, 500*time.Millisecond) {
+		rctx, cancel := context.WithTimeout(ctx, time.Second)
+		data, err := s.c.Bus.Request(rctx, subject, req)
+		cancel()
+		if err == nil {
+			var resp pb.CosignResponse
+			if err = wire.Decode(identity.Protobuf, data, &resp); err == nil {
+				if len(resp.SignatureLine) == 0 {
+					err = fmt.Errorf("refused: %.200s", resp.Refused)
+				} else if _, err = c.CheckCosignature(body, string(resp.SignatureLine)); err == nil {
+					return string(resp.SignatureLine), true
+				}
+			}
+			s.count(&s.m.Refused)
+			s.log.Debug("sealing: validator did not cosign", "validator", c.number, "err", err)
+		} else if ctx.Err() == nil {
+			s.count(&s.m.Unanswered)
+		}
+		select {
+		case <-ctx.Done():
+			return "", false
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (s *Service) count(n *uint64) {
+	s.mu.Lock()
+	*n++
+	s.mu.Unlock()
+}
+
+// announce publishes a seal. It is durable on disk: whoever misses the message
+// finds the checkpoint there, so a bus that is away is no reason to stop.
+func (s *Service) announce(ctx context.Context, signed []byte, h ledger.Height, size uint64) {
+	b, err := proto.Marshal(&pb.Seal{Height: uint64(h), Size: size, Checkpoint: signed, SealedUnixNano: s.c.Now().UnixNano()})
+	if err == nil {
+		pctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		err = s.c.Bus.Publish(pctx, topic.Seal(s.genesis.District), fmt.Sprintf("seal-%d", size), b)
+	}
+	if err != nil && ctx.Err() == nil {
+		s.log.Warn("sealing: seal not announced", "height", h, "kind", kind.Of(err), "err", err)
+	}
+}
