@@ -1,0 +1,5 @@
+//go:build !race
+
+package roadside
+
+const raceEnabled = false
