@@ -396,7 +396,7 @@ func TestCityUnderControl(t *testing.T) {
 	case raceEnabled:
 		minutes = 2
 	case testing.Short():
-		minutes = 3
+		minutes = 2
 	}
 	rules, err := timing.RulesNamed("field")
 	if err != nil {

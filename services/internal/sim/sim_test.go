@@ -238,7 +238,7 @@ func TestConfigErrors(t *testing.T) {
 }
 
 func TestEverySecondHolds(t *testing.T) {
-	minutes := brief(60, 15, 4)
+	minutes := brief(60, 6, 4)
 	for _, tc := range []struct {
 		name   string
 		demand int
@@ -555,7 +555,7 @@ func TestNobodyCrossesLaterThanTwoSecondsIntoYellow(t *testing.T) {
 	w := drive(t, c, planState)
 	last := make([]int64, len(c.lanes))
 	yellow := 0
-	for range brief(36000, 18000, 3000) {
+	for range brief(36000, 6000, 3000) {
 		w.step(t)
 		for i, l := range c.lanes {
 			if l.site < 0 || l.lastMS == last[i] || l.lastMv == nil {
@@ -614,14 +614,14 @@ func TestSameSeedSameCity(t *testing.T) {
 func TestDemandDoesNotDependOnTheLamps(t *testing.T) {
 	run := func(show func(*traffic.Junction, int64) traffic.State) Measures {
 		c := newCity(t, Config{Seed: 42, FlatDemand: true, DemandPermille: 2000})
-		drive(t, c, show).run(t, time.Duration(brief(40, 20, 5))*time.Minute)
+		drive(t, c, show).run(t, time.Duration(brief(40, 10, 5))*time.Minute)
 		return c.Measures()
 	}
 	a, b := run(planState), run(stage(1))
 	if a.Cars.Wanted != b.Cars.Wanted || a.Buses.Wanted != b.Buses.Wanted || a.Ambulances.Wanted != b.Ambulances.Wanted || a.Pedestrians.Arrived != b.Pedestrians.Arrived {
 		t.Errorf("demand differs: %+v and %+v", a, b)
 	}
-	if !raceEnabled && a.Cars.MeanDelayMS*2 > b.Cars.MeanDelayMS {
+	if !raceEnabled && !testing.Short() && a.Cars.MeanDelayMS*2 > b.Cars.MeanDelayMS {
 		t.Errorf("a plan gives %d ms of delay, left turns for ever %d; want far less", a.Cars.MeanDelayMS, b.Cars.MeanDelayMS)
 	}
 }
