@@ -146,7 +146,7 @@ type Service struct {
 
 	mu       sync.Mutex
 	running  bool
-	counts   Counts // but for Pending and Lost
+	counts   Counts // but for Pending
 	queue    []*record
 	queued   int                     // bytes in queue
 	held     int                     // records queued or on their way
@@ -252,10 +252,11 @@ func (s *Service) Counts() Counts {
 		}
 	}
 	if s.sub != nil {
-		if n, err := s.sub.Dropped(); err == nil {
-			c.Lost = uint64(n)
+		if n, err := s.sub.Dropped(); err == nil { // else it is closed
+			s.counts.Lost = uint64(n)
 		}
 	}
+	c.Lost = s.counts.Lost
 	return c
 }
 
@@ -313,6 +314,7 @@ func (s *Service) listen(ctx context.Context, closed <-chan nats.Status) error {
 	case <-closed:
 		return fail(nats.ErrConnectionClosed)
 	}
+	s.Counts()                          // notes what was lost, for the last time
 	if err := sub.Drain(); err != nil { // no more requests come; those here are taken
 		return fail(err)
 	}

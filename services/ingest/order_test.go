@@ -291,3 +291,22 @@ func BenchmarkIngest(b *testing.B) {
 		})
 	}
 }
+
+// On three replicated servers the conditions that batches carry hold as well.
+func TestOrderInACluster(t *testing.T) {
+	if testing.Short() {
+		t.Skip("electing leaders takes seconds")
+	}
+	b, err := bus.Connect(bus.ConnectOptions{URL: servicetest.Cluster(t), Name: "test", Logger: servicetest.Logger(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.Close)
+	if err := b.DeclareWith(within(t), topic.Streams(district)[:1], bus.DeclareOptions{Replicas: 3}); err != nil {
+		t.Fatal(err)
+	}
+	s := running(t, b, func(c *Config) { c.MaxBatch = 7 })
+	sendAll(t, sender(t, b), 5, 200)
+	checkOrder(t, b, 5, 200, false)
+	t.Logf("%+v", s.Counts())
+}

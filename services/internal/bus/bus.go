@@ -150,7 +150,10 @@ func (b *Bus) DeclareWith(ctx context.Context, streams []topic.Stream, o Declare
 			cfg.Discard = jetstream.DiscardOld
 		}
 		for wait := retryFirst; ; wait = min(2*wait, retryMost) {
-			_, err := b.JS.CreateOrUpdateStream(ctx, cfg)
+			// A cluster without a leader does not answer at all.
+			try, cancel := context.WithTimeout(ctx, declareTry)
+			_, err := b.JS.CreateOrUpdateStream(try, cfg)
+			cancel()
 			if err == nil {
 				break
 			}
@@ -165,6 +168,9 @@ func (b *Bus) DeclareWith(ctx context.Context, streams []topic.Stream, o Declare
 	}
 	return nil
 }
+
+// declareTry bounds one try to declare a stream.
+const declareTry = 2 * time.Second
 
 // Waits between tries.
 const (

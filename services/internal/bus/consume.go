@@ -149,7 +149,9 @@ type consumeLoop struct {
 
 // run consumes until ctx ends or the consumer is gone.
 func (l *consumeLoop) run(ctx context.Context) error {
-	cons, err := l.bus.JS.CreateOrUpdateConsumer(ctx, l.Stream, jetstream.ConsumerConfig{
+	try, cancelTry := context.WithTimeout(ctx, publishTry)
+	defer cancelTry()
+	cons, err := l.bus.JS.CreateOrUpdateConsumer(try, l.Stream, jetstream.ConsumerConfig{
 		Durable: l.Durable, FilterSubject: l.Filter, DeliverPolicy: jetstream.DeliverAllPolicy,
 		AckPolicy: jetstream.AckExplicitPolicy, AckWait: l.AckWait, MaxAckPending: l.MaxAckPending,
 		MaxDeliver: -1, // we count: the server would drop silently

@@ -54,6 +54,8 @@ type Sender struct {
 	inbox string
 	sub   *nats.Subscription
 
+	calls sync.WaitGroup // callbacks to come
+
 	// Locks nest: lane.mu, then mu.
 	mu     sync.Mutex
 	closed bool
@@ -188,6 +190,7 @@ func (s *Sender) SendAsync(ctx context.Context, district traffic.DistrictID, k i
 	s.last++
 	e.id = s.last
 	s.waits[e.id] = e
+	s.calls.Add(1) // under mu and not closed: never after Wait
 	s.mu.Unlock()
 	l.queue = append(l.queue, e)
 	e.stop = context.AfterFunc(ctx, func() { e.abandon(context.Cause(ctx)) })
@@ -196,7 +199,7 @@ func (s *Sender) SendAsync(ctx context.Context, district traffic.DistrictID, k i
 }
 
 // Close fails what is still unanswered, with [ErrClosed], and returns when all
-// callbacks have been called.
+// callbacks have returned. It must not be called by one.
 func (s *Sender) Close() {
 	s.mu.Lock()
 	s.closed = true
@@ -219,6 +222,7 @@ func (s *Sender) Close() {
 		l.pop()
 		l.unlock()
 	}
+	s.calls.Wait()
 }
 
 // lost is the error of an entry that is given up.
@@ -261,7 +265,10 @@ func (l *lane) pop() {
 	i := 0
 	for ; i < len(l.queue) && l.queue[i].final; i++ {
 		e := l.queue[i]
-		l.out = append(l.out, func() { e.done(e.receipt, e.err) })
+		l.out = append(l.out, func() {
+			defer l.s.calls.Done()
+			e.done(e.receipt, e.err)
+		})
 		l.queue[i] = nil
 	}
 	l.queue = l.queue[i:]

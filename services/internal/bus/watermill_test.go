@@ -43,7 +43,7 @@ func TestWatermillSuite(t *testing.T) {
 	}
 	t.Run("in flight=64", func(t *testing.T) {
 		tests.TestPubSub(t, tests.Features{
-			ConsumerGroups: true, Persistent: true, GenerateTopicFunc: subjects, ForceShort: testing.Short(),
+			ConsumerGroups: true, Persistent: true, GenerateTopicFunc: subjects, ForceShort: testing.Short() || raceEnabled,
 		}, func(t *testing.T) (message.Publisher, message.Subscriber) { return pubsub(64)(t, "shared") }, pubsub(64))
 	})
 	t.Run("in flight=1", func(t *testing.T) {
