@@ -106,7 +106,7 @@ func (s *Service) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := s.restoreQuarantined(ctx, quarantine, resume); err != nil {
+	if err := s.restoreQuarantined(ctx, quarantine, resume, ingress.last); err != nil {
 		return err
 	}
 
@@ -162,7 +162,7 @@ func (s *Service) restore(ctx context.Context, ingress, accepted *stream, resume
 }
 
 // restoreQuarantined reads which devices have equivocated.
-func (s *Service) restoreQuarantined(ctx context.Context, quarantine *stream, resume uint64) error {
+func (s *Service) restoreQuarantined(ctx context.Context, quarantine *stream, resume, newest uint64) error {
 	if quarantine.last < quarantine.first || quarantine.last == 0 {
 		return nil
 	}
@@ -183,7 +183,7 @@ func (s *Service) restoreQuarantined(ctx context.Context, quarantine *stream, re
 			c := wire.Candidate(q.Envelope, q.Salt)
 			switch {
 			case c.Frame == nil: // a command's second body; its sender goes on
-			case q.IngressSeq < resume:
+			case q.IngressSeq < resume || q.IngressSeq > newest:
 				s.state.Quarantine(c.Frame.Device)
 			case r.rule == validate.RuleEquivocation:
 				// Frames that came before it may still have to be judged.

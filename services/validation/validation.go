@@ -83,6 +83,8 @@ type Service struct {
 
 	// kill, in tests, ends a session at a named point, as kill -9 would.
 	kill func(point string) error
+	// maxGroup is the most messages handled together.
+	maxGroup int
 
 	// Owned by Run.
 	session
@@ -115,7 +117,7 @@ func New(c Config) (*Service, error) {
 	if c.Limits == (validate.Limits{}) {
 		c.Limits = validate.Edge()
 	}
-	s := &Service{cfg: c, reg: c.Registry, log: c.Logger, kill: func(string) error { return nil }}
+	s := &Service{cfg: c, reg: c.Registry, log: c.Logger, kill: func(string) error { return nil }, maxGroup: maxGroup}
 	if s.reg == nil {
 		s.reg = c.State
 	}
@@ -235,7 +237,7 @@ func (s *Service) loop(ctx context.Context, msgs <-chan jetstream.Msg) error {
 		group := []jetstream.Msg{m}
 		size := len(m.Data())
 	more:
-		for len(group) < maxGroup && size < MaxBatchBytes/2 {
+		for len(group) < s.maxGroup && size < MaxBatchBytes/2 {
 			select {
 			case m, open := <-msgs:
 				if !open {
