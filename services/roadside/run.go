@@ -9,6 +9,7 @@ import (
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/kind"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
@@ -19,9 +20,10 @@ import (
 
 // Inbox takes a signed envelope on its way into the log.
 type Inbox interface {
-	// Send returns when ingest has answered; an error means that nobody knows
-	// whether the envelope was stored, and that it is safe to send it again.
-	Send(ctx context.Context, d traffic.DistrictID, kind, source string, envelope []byte) (*pb.Receipt, error)
+	// Send returns nil when the envelope is stored. An error of kind Invalid
+	// means that it was refused for good; any other, that nobody knows, and that
+	// it is safe to send it again.
+	Send(ctx context.Context, d traffic.DistrictID, k identity.RecordKind, source string, envelope []byte) (*pb.Receipt, error)
 }
 
 // Line is what else a unit needs from the district's network. [OnBus] makes one.
@@ -237,26 +239,22 @@ func (u *Unit) send(ctx context.Context, c RunConfig, q *queue) error {
 func (u *Unit) deliver(ctx context.Context, c RunConfig, it item) bool {
 	ctx, cancel := context.WithTimeout(ctx, c.SendTimeout)
 	defer cancel()
-	r, err := c.Inbox.Send(ctx, u.cfg.District, string(identity.KindFrame), string(u.cfg.Device), it.envelope)
+	r, err := c.Inbox.Send(ctx, u.cfg.District, identity.KindFrame, string(u.cfg.Device), it.envelope)
 	switch {
+	case kind.Of(err) == kind.Invalid && err != nil:
+		u.tally(func(n *Counters) { n.SendRefused++ })
+		u.log.Error("frame refused", "intersection", u.cfg.Junction.ID, "seq", it.key.Seq, "err", err)
+		return true
 	case err != nil:
 		u.log.Warn("frame not sent yet", "intersection", u.cfg.Junction.ID, "seq", it.key.Seq, "err", err)
 		return false
-	case r.GetStatus() == pb.Receipt_STATUS_STORED:
-		if len(r.Salt) != len(ledger.Salt{}) || !bytes.Equal(r.Commitment, commitment(r.Salt, it.envelope)) {
-			u.tally(func(n *Counters) { n.BadReceipts++ })
-			u.log.Error("receipt is not for the frame that was sent", "intersection", u.cfg.Junction.ID, "seq", it.key.Seq)
-			return false
-		}
-		u.tally(func(n *Counters) { n.Stored++ })
-		return true
-	case r.GetStatus() == pb.Receipt_STATUS_REFUSED:
-		u.tally(func(n *Counters) { n.SendRefused++ })
-		u.log.Error("frame refused", "intersection", u.cfg.Junction.ID, "seq", it.key.Seq, "err", r.Reason)
-		return true
-	default:
-		return false // busy
+	case len(r.GetSalt()) != len(ledger.Salt{}) || !bytes.Equal(r.GetCommitment(), commitment(r.GetSalt(), it.envelope)):
+		u.tally(func(n *Counters) { n.BadReceipts++ })
+		u.log.Error("receipt is not for the frame that was sent", "intersection", u.cfg.Junction.ID, "seq", it.key.Seq)
+		return false
 	}
+	u.tally(func(n *Counters) { n.Stored++ })
+	return true
 }
 
 func commitment(salt, envelope []byte) []byte {

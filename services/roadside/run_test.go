@@ -13,6 +13,7 @@ import (
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/kind"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
@@ -40,12 +41,12 @@ func receipt(envelope []byte) *pb.Receipt {
 	return &pb.Receipt{Status: pb.Receipt_STATUS_STORED, Salt: salt[:], Commitment: c[:]}
 }
 
-func (i *inbox) Send(ctx context.Context, d traffic.DistrictID, kind, source string, envelope []byte) (*pb.Receipt, error) {
+func (i *inbox) Send(ctx context.Context, d traffic.DistrictID, k identity.RecordKind, source string, envelope []byte) (*pb.Receipt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if d != district || kind != "frame" || source != "rsu-h0101" {
-		return nil, fmt.Errorf("sent to %s/%s/%s", d, kind, source)
+	if d != district || k != identity.KindFrame || source != "rsu-h0101" {
+		return nil, fmt.Errorf("sent to %s/%s/%s", d, k, source)
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -163,7 +164,7 @@ func TestRunRetriesInOrder(t *testing.T) {
 		case 1:
 			return nil, errors.New("no responders")
 		case 2:
-			return &pb.Receipt{Status: pb.Receipt_STATUS_BUSY}, nil
+			return &pb.Receipt{Status: pb.Receipt_STATUS_BUSY}, kind.Errorf(kind.Unavailable, "busy")
 		case 3:
 			return &pb.Receipt{Status: pb.Receipt_STATUS_STORED, Salt: wrong.Salt, Commitment: wrong.Commitment}, nil
 		}
@@ -193,7 +194,7 @@ func TestRunRetriesInOrder(t *testing.T) {
 func TestRunCountsRefusedFrames(t *testing.T) {
 	in := newInbox(func(n int, e []byte) (*pb.Receipt, error) {
 		if n == 2 {
-			return &pb.Receipt{Status: pb.Receipt_STATUS_REFUSED, Reason: "test"}, nil
+			return &pb.Receipt{Status: pb.Receipt_STATUS_REFUSED, Reason: "test"}, kind.Errorf(kind.Invalid, "test")
 		}
 		return receipt(e), nil
 	})
