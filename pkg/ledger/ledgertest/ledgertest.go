@@ -118,6 +118,8 @@ func New(seed string, n int) *District {
 	entry(identity.TypeService, Control, identity.Service{Key: public(d.ControlKey), Signs: []identity.RecordKind{identity.KindCommand}})
 	entry(identity.TypeOfficial, Registrar, identity.Official{Key: public(d.Registrar), Department: "traffic", Roles: []string{identity.Registrar}})
 	d.GenesisJSON = must(json.MarshalIndent(d.Genesis, "", " "))
+	// Indenting has changed the bodies' bytes: what counts is what is in the file.
+	d.Genesis = *must(identity.ParseGenesis(d.GenesisJSON))
 	d.GenesisHash = sha256.Sum256(d.GenesisJSON)
 	return d
 }
