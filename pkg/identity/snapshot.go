@@ -14,8 +14,10 @@ import (
 type snapshot struct {
 	District traffic.DistrictID `json:"district"`
 	Version  uint64             `json:"version"`
-	Entries  []Entry            `json:"entries"`
-	Nonces   []usedNonce        `json:"nonces"`
+	// Entries in the form of [Entry.Marshal]: JSON inside JSON would not keep the
+	// bytes that the hash is over.
+	Entries [][]byte    `json:"entries"`
+	Nonces  []usedNonce `json:"nonces"`
 }
 
 type usedNonce struct {
@@ -28,7 +30,7 @@ func (r *Registry) Snapshot() []byte {
 	r.build()
 	s := snapshot{District: r.district, Version: r.version}
 	for _, k := range r.order {
-		s.Entries = append(s.Entries, r.entries[k])
+		s.Entries = append(s.Entries, r.entries[k].Marshal())
 	}
 	for n := range r.nonces {
 		s.Nonces = append(s.Nonces, usedNonce{n.key, n.nonce})
@@ -54,8 +56,15 @@ func ParseSnapshot(b []byte) (*Registry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("registry snapshot: %w", err)
 	}
+	r.loading = true
+	entries := make([]Entry, len(s.Entries))
+	for i, b := range s.Entries {
+		if entries[i], err = ParseEntry(b); err != nil {
+			return nil, fmt.Errorf("registry snapshot: entries[%d]: %w", i, err)
+		}
+	}
 	for _, pass := range []bool{true, false} {
-		for i, e := range s.Entries {
+		for i, e := range entries {
 			if (e.Type == TypeJunction) != pass {
 				continue
 			}
@@ -75,6 +84,6 @@ func ParseSnapshot(b []byte) (*Registry, error) {
 	for _, n := range s.Nonces {
 		r.nonces[nonceKey{n.Key, n.Nonce}] = true
 	}
-	r.version = s.Version
+	r.version, r.loading = s.Version, false
 	return r, nil
 }

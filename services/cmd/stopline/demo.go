@@ -362,7 +362,7 @@ func (l *local) evidence(r *demoReport) error {
 	if err != nil {
 		return fmt.Errorf("evidence: %w", err)
 	}
-	r.Evidence.Verified = rep.Passed()
+	r.Evidence.Verified = rep.Outcome == ledger.Pass
 	return nil
 }
 

@@ -168,7 +168,19 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	if l.control, err = signalcontrol.New(signalcontrol.Config{CoreConfig: o.core, Bus: b, Inbox: s, State: state, Follow: fc, Now: o.now, Logger: fc.Logger}); err != nil {
 		return nil, err
 	}
-	if err = l.logParts(o); err != nil {
+	if b, err = l.connect("sealing"); err != nil {
+		return nil, err
+	}
+	if l.sealing, err = sealing.New(sealing.Config{
+		Bus: b, Dir: o.dir, GenesisJSON: l.district.GenesisJSON, Policy: l.district.Policy, LogKey: l.district.LogKey, Now: o.now, Logger: o.log.With("service", "sealing"),
+	}); err != nil {
+		return nil, err
+	}
+	if b, err = l.connect("audit"); err != nil {
+		return nil, err
+	}
+	// After sealing, whose folder it reads.
+	if l.audit, err = audit.New(audit.Config{Bus: b, Dir: o.dir, GenesisJSON: l.district.GenesisJSON, Policy: l.district.Policy, Logger: o.log.With("service", "audit")}); err != nil {
 		return nil, err
 	}
 	if l.street.bus, l.street.state, l.street.follow, err = follow("street"); err != nil {
@@ -231,7 +243,7 @@ func (l *local) ready(ctx context.Context, done <-chan struct{}) error {
 	return nil
 }
 
-// close ends connections before the server, and the server last.
+// close ends connections before the server, the server, and the files last.
 func (l *local) close() {
 	for _, s := range l.senders {
 		s.Close()
@@ -241,6 +253,16 @@ func (l *local) close() {
 	}
 	if l.server != nil {
 		l.server.Shutdown()
+	}
+	var err error
+	if l.audit != nil {
+		err = l.audit.Close()
+	}
+	if l.sealing != nil {
+		err = errors.Join(err, l.sealing.Close())
+	}
+	if err != nil {
+		l.log.Error("closing the log's files", "err", err)
 	}
 }
 
@@ -282,4 +304,18 @@ func freshDir(dir, pattern string) (string, error) {
 		return os.MkdirTemp("", pattern)
 	}
 	return dir, os.MkdirAll(dir, 0o755)
+}
+
+// bundleOf makes the bundle of the newest record of a kind that can be proven.
+func (l *local) bundleOf(ctx context.Context, k identity.RecordKind) (index uint64, bundle []byte, err error) {
+	if err := l.audit.Refresh(); err != nil {
+		return 0, nil, err
+	}
+	for _, r := range l.audit.Find(k, "", 1000) {
+		if r.Provable {
+			bundle, err = l.audit.Evidence(ctx, r.Index)
+			return r.Index, bundle, err
+		}
+	}
+	return 0, nil, fmt.Errorf("no %s is sealed yet", k)
 }

@@ -67,7 +67,7 @@ type command struct {
 }
 
 func commands() []command {
-	return []command{simulateCommand, enrolCommand, versionCommand}
+	return []command{demoCommand, simulateCommand, verifyCommand, fsckCommand, enrolCommand, versionCommand}
 }
 
 var versionCommand = command{
