@@ -32,6 +32,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/stopline-traffic/stopline/pkg/kind"
 )
@@ -187,8 +188,8 @@ func ParseEnvelope(b []byte) (Envelope, error) {
 	if e.ContentType != Protobuf && e.ContentType != JSON {
 		return bad("content_type %.60q: must be %s or %s", e.ContentType, Protobuf, JSON)
 	}
-	if len(e.Key) != 32 {
-		return bad("key_id: must be 32 hex digits, has %d", len(e.Key))
+	if len(e.Key) != 32 || strings.Trim(string(e.Key), "0123456789abcdef") != "" {
+		return bad("key_id: %.40q, must be 32 lower-case hex digits", string(e.Key))
 	}
 	if len(e.Payload) == 0 {
 		return bad("payload: must not be empty")

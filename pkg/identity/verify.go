@@ -1,9 +1,11 @@
 package identity
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
 
+	"github.com/oasisprotocol/curve25519-voi/curve"
 	voi "github.com/oasisprotocol/curve25519-voi/primitives/ed25519"
 	"github.com/oasisprotocol/curve25519-voi/primitives/ed25519/extra/cache"
 )
@@ -19,6 +21,22 @@ func (e Envelope) Verify(key ed25519.PublicKey) bool {
 func VerifyBytes(key ed25519.PublicKey, msg, sig []byte) bool {
 	return len(key) == ed25519.PublicKeySize && len(sig) == ed25519.SignatureSize &&
 		voi.VerifyWithOptions(voi.PublicKey(key), msg, sig, zip215)
+}
+
+// strongKey reports whether a public key is the canonical encoding of a point in
+// the prime-order group, as every honest key is. ZIP 215 verifies with others,
+// too: for a key of small order anyone can make signatures.
+func strongKey(key ed25519.PublicKey) bool {
+	c, err := curve.NewCompressedEdwardsYFromBytes(key)
+	if err != nil {
+		return false
+	}
+	p, err := new(curve.EdwardsPoint).SetCompressedY(c)
+	if err != nil || p.IsSmallOrder() || !p.IsTorsionFree() {
+		return false
+	}
+	var again curve.CompressedEdwardsY
+	return bytes.Equal(again.SetEdwardsPoint(p)[:], key)
 }
 
 // Verifier checks signatures in batches. It caches expanded public keys, so
