@@ -24,12 +24,12 @@ const (
 	// on two cores check in a fraction of a second.
 	MaxBlockRecords = 2048
 
-	// poolRequests and poolRecords bound what a validator takes from ACCEPTED
+	// poolRequests, poolRecords and poolBytes bound what a validator takes from ACCEPTED
 	// before it is decided: about 300 ms of work, so that a request that waits
-	// longer than Timing.Forward says something about the leader and not about
-	// the load.
+	// for longer says something about the leader and not about the load.
 	poolRequests = 64
 	poolRecords  = 2 * MaxBlockRecords
+	poolBytes    = 4 << 20
 )
 
 // maxPayload bounds a proposal's payload so that the largest message between n
@@ -50,12 +50,11 @@ type Timing struct {
 	BatchWait time.Duration
 	// Heartbeat is how long a leader may be silent. Default 700 ms.
 	Heartbeat time.Duration
-	// Forward is how long a request may wait before it is passed to the leader,
-	// which may not have seen it, and Complain how much longer before the leader
-	// is held to be stalled. Defaults 400 ms, 900 ms.
-	Forward, Complain time.Duration
+	// Complain is how long a leader may decide nothing, or leave a request out,
+	// before it is held to be stalled. Default 1.2 s.
+	Complain time.Duration
 	// ViewChange is how long replacing a leader may take before the next is
-	// tried, ViewChangeResend how often the call for it is repeated. Defaults 1 s,
+	// tried, ViewChangeResend how often the call for it is repeated. Defaults 2 s,
 	// 100 ms.
 	ViewChange, ViewChangeResend time.Duration
 	// Behind is how long a follower may be one block behind before it fetches it.
@@ -83,9 +82,8 @@ func (t Timing) withDefaults() Timing {
 	or(&t.Tick, 20*time.Millisecond)
 	or(&t.BatchWait, 5*time.Millisecond)
 	or(&t.Heartbeat, 700*time.Millisecond)
-	or(&t.Forward, 400*time.Millisecond)
-	or(&t.Complain, 900*time.Millisecond)
-	or(&t.ViewChange, time.Second)
+	or(&t.Complain, 1200*time.Millisecond)
+	or(&t.ViewChange, 2*time.Second)
 	or(&t.ViewChangeResend, 100*time.Millisecond)
 	or(&t.Behind, 200*time.Millisecond)
 	or(&t.Collect, 200*time.Millisecond)
@@ -156,16 +154,13 @@ func (c Config) Validate() error {
 	}
 	t := c.Timing.withDefaults()
 	for name, d := range map[string]time.Duration{
-		"Tick": t.Tick, "BatchWait": t.BatchWait, "Heartbeat": t.Heartbeat, "Forward": t.Forward, "Complain": t.Complain,
+		"Tick": t.Tick, "BatchWait": t.BatchWait, "Heartbeat": t.Heartbeat, "Complain": t.Complain,
 		"ViewChange": t.ViewChange, "ViewChangeResend": t.ViewChangeResend, "Behind": t.Behind, "Collect": t.Collect,
 		"Resend": t.Resend, "Fetch": t.Fetch, "Meet": t.Meet,
 	} {
 		if d < 0 {
 			bad("Timing.%s: must not be negative", name)
 		}
-	}
-	if t.Forward > t.Complain {
-		bad("Timing.Forward: %v is longer than Complain, %v", t.Forward, t.Complain)
 	}
 	if t.ViewChangeResend > t.ViewChange {
 		bad("Timing.ViewChangeResend: %v is longer than ViewChange, %v", t.ViewChangeResend, t.ViewChange)

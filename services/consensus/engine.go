@@ -17,8 +17,6 @@ type engine interface {
 	submit(raw []byte) error
 	// receive takes a message that a peer's transport authenticated.
 	receive(from uint64, m message)
-	// forwarded takes a request that a peer thinks the leader has not seen.
-	forwarded(from uint64, raw []byte)
 	// forget drops waiting requests that were decided elsewhere.
 	forget()
 	status() (view, leader uint64)
@@ -47,10 +45,12 @@ type host interface {
 	// decidedRequest reports whether a request needs no deciding: it was, or it
 	// can never be.
 	decidedRequest(raw []byte) bool
+	// patient reports whether the leader decides what waits, so that no request's
+	// age alone should depose it.
+	patient() bool
 	requestsOf(p proposal) []ledger.Hash
 	// send passes a message to a peer. It does not block.
 	send(to uint64, m message)
-	forward(to uint64, raw []byte)
 	// save makes an entry of the engine's log durable.
 	save(entry []byte, truncate bool, votes []vote) error
 	// fail ends the validator: what it would do next could be wrong.
@@ -73,6 +73,9 @@ type decision struct {
 type message struct {
 	body []byte
 	vote vote
+	// changesView says that the sender gives up its view: what it proposed and
+	// prepared there need not be sent again.
+	changesView bool
 	// parsed is the engine's own form of body, where there is one.
 	parsed any
 }
@@ -86,4 +89,3 @@ type codec interface {
 	// position reads view and height from a proposal's metadata.
 	position(metadata []byte) (slot, error)
 }
-

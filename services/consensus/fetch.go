@@ -117,4 +117,3 @@ func (v *Validator) fetchOnce(ctx context.Context) bool {
 	}
 	return false
 }
-

@@ -41,7 +41,6 @@ type parcelKind uint8
 
 const (
 	kindEngine parcelKind = 1 + iota // the engine's own
-	kindRequest
 	kindMeet
 	kindMet
 )

@@ -156,6 +156,8 @@ func newCluster(t testing.TB, n int) *cluster {
 	t.Helper()
 	c := &cluster{t: t, server: servicetest.NATS(t), genesis: genesis(t, n, 8), dir: t.TempDir(), nodes: make([]*node, n)}
 	c.bus = servicetest.Connect(t, c.server)
+	d := Timing{}.withDefaults()
+	c.timing = Timing{Heartbeat: d.Heartbeat * slower, Complain: d.Complain * slower, ViewChange: d.ViewChange * slower}
 	if err := c.bus.Declare(context.Background(), topic.Streams(harbour)); err != nil {
 		t.Fatal(err)
 	}
@@ -262,6 +264,15 @@ func eventually(t testing.TB, what string, f func() bool) {
 func (c *cluster) decided(b []byte, ns ...uint64) {
 	c.t.Helper()
 	id := ledger.RequestID(b)
+	defer func() {
+		if c.t.Failed() {
+			for i, nd := range c.nodes {
+				if nd != nil {
+					c.t.Logf("validator %d: %+v", i+1, nd.v.Stats())
+				}
+			}
+		}
+	}()
 	eventually(c.t, fmt.Sprintf("batch %x decided at %v", id[:4], ns), func() bool {
 		for _, n := range ns {
 			nd := c.nodes[n-1]

@@ -2,8 +2,11 @@ package consensus
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -21,21 +24,25 @@ type intake struct {
 	v        *Validator
 	verifier *identity.Verifier // owned by the consumer's handler
 
-	mu       sync.Mutex
-	waiting  map[ledger.Hash]*waiting
-	records  int
-	done     []ledger.Hash // decided, not yet acknowledged
-	wake     chan struct{}
-	room     chan struct{} // a token when something was decided
-	resubmit time.Duration
+	mu      sync.Mutex
+	waiting map[ledger.Hash]*waiting
+	records int
+	bytes   int
+	done    []ledger.Hash // decided, not yet acknowledged
+	wake    chan struct{}
+	room    chan struct{} // a token when something was decided
+
+	// owned by the consumer's handler
+	next  uint64 // number in the stream of the message that is due; 0: any
+	again context.CancelFunc
 }
 
 // waiting is a request that is not decided yet.
 type waiting struct {
-	raw       []byte
-	records   int
-	msgs      []*parts
-	submitted time.Time // zero: not yet
+	raw     []byte
+	records int
+	msgs    []*parts
+	since   uint64 // height at which it was taken
 }
 
 // parts is a message of ACCEPTED, of which so many requests are not decided.
@@ -51,7 +58,7 @@ const (
 
 func newIntake(v *Validator) *intake {
 	return &intake{v: v, verifier: identity.NewVerifier(), waiting: map[ledger.Hash]*waiting{}, wake: make(chan struct{}, 1),
-		room: make(chan struct{}, 1), resubmit: 2 * v.c.Timing.Forward}
+		room: make(chan struct{}, 1)}
 }
 
 func (in *intake) run(ctx context.Context) error {
@@ -65,44 +72,107 @@ func (in *intake) run(ctx context.Context) error {
 		return ctx.Err()
 	case <-in.v.ready: // nothing to submit to before
 	}
+	for ctx.Err() == nil {
+		if err := in.consume(ctx); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// consume takes messages in the order of the stream, which is the order of each
+// device's frames: one that comes late would make a replay of what it was
+// overtaken by. So it begins after the last message up to which everything is
+// acknowledged, whatever was handed out to an earlier run of this validator, and
+// begins there again when one is missing.
+func (in *intake) consume(ctx context.Context) error {
+	name := topic.ConsensusDurable(in.v.c.Number)
+	if err := in.rewind(ctx, name); err != nil {
+		in.v.log.Warn("cannot go back in the stream of accepted batches yet", "err", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(200 * time.Millisecond):
+		}
+		return nil
+	}
+	in.next = 0
+	ctx, in.again = context.WithCancel(ctx)
+	defer in.again()
 	return in.v.c.Bus.Consume(ctx, bus.Consumer{
-		District: in.v.c.District, Stream: topic.AcceptedStream, Durable: topic.ConsensusDurable(in.v.c.Number),
-		Filter: topic.Accepted(in.v.c.District), Batch: 16, MaxAckPending: poolRequests, AckWait: ackWait,
+		District: in.v.c.District, Stream: topic.AcceptedStream, Durable: name, Filter: topic.Accepted(in.v.c.District),
+		Batch: 16, MaxAckPending: poolRequests, AckWait: ackWait,
 		MaxDeliver: 1 << 30, // a message waits for its decision however often we restart
 		Manual:     true,
-	}, func(ctx context.Context, msgs []*bus.Msg) error {
+	}, func(handling context.Context, msgs []*bus.Msg) error {
 		for _, m := range msgs {
-			if err := in.take(ctx, m); err != nil {
-				m.Fail(err)
+			if ctx.Err() != nil {
+				break // it comes again
 			}
+			in.handle(handling, m)
 		}
 		return nil
 	})
+}
+
+func (in *intake) rewind(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	// Asked first: the server does not answer a reset of a consumer that is not
+	// there.
+	_, err := in.v.c.Bus.JS.Consumer(ctx, topic.AcceptedStream, name)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		return nil // the first start makes it
+	}
+	if err == nil {
+		_, err = in.v.c.Bus.JS.ResetConsumer(ctx, topic.AcceptedStream, name)
+	}
+	return err
+}
+
+// handle takes the message that is due. If it is another, or cannot be taken
+// now, consuming begins again.
+func (in *intake) handle(ctx context.Context, m *bus.Msg) {
+	if in.next != 0 && m.Seq > in.next {
+		in.v.log.Warn("a message is missing; going back", "seq", in.next, "got", m.Seq)
+		in.again()
+		return
+	}
+	err := in.take(ctx, m)
+	switch {
+	case err == nil:
+	case kind.Of(err) == kind.Invalid:
+		in.v.count.badReq.Add(1)
+		m.Fail(err)
+	default:
+		in.v.log.Debug("a batch could not be taken; going back", "seq", m.Seq, "err", err)
+		in.again()
+		return
+	}
+	in.next = max(in.next, m.Seq+1)
 }
 
 // take submits the requests of one message.
 func (in *intake) take(ctx context.Context, m *bus.Msg) error {
 	raws, err := split(m.Data)
 	if err != nil {
-		in.v.count.badReq.Add(1)
 		return err
 	}
 	p := &parts{msg: m, left: len(raws)}
 	for _, raw := range raws {
 		r, err := in.v.core.prepare(raw, in.verifier)
 		if err != nil {
-			in.v.count.badReq.Add(1)
 			return kind.Errorf(kind.Invalid, "consensus: %w", err)
 		}
-		if err := in.wait(ctx, len(r.candidates)); err != nil {
+		if err := in.wait(ctx, r); err != nil {
 			return err
 		}
 		in.mu.Lock()
 		w, ok := in.waiting[r.id]
 		if !ok {
-			w = &waiting{raw: raw, records: len(r.candidates)}
+			w = &waiting{raw: raw, records: len(r.candidates), since: in.v.height.Load()}
 			in.waiting[r.id] = w
 			in.records += w.records
+			in.bytes += len(raw)
 		}
 		w.msgs = append(w.msgs, p)
 		in.mu.Unlock()
@@ -111,17 +181,20 @@ func (in *intake) take(ctx context.Context, m *bus.Msg) error {
 			in.decided([]ledger.Hash{r.id})
 			continue
 		}
-		in.submit(r.id, raw)
+		if err := in.v.engine.submit(raw); err != nil {
+			return kind.Errorf(kind.Unavailable, "consensus: %w", err)
+		}
 	}
 	return nil
 }
 
 // wait blocks while as much is undecided as should be: nothing more is pulled
 // meanwhile.
-func (in *intake) wait(ctx context.Context, records int) error {
+func (in *intake) wait(ctx context.Context, r *request) error {
 	for {
 		in.mu.Lock()
-		ok := len(in.waiting) == 0 || len(in.waiting) < poolRequests && in.records+records <= poolRecords
+		ok := len(in.waiting) == 0 || len(in.waiting) < poolRequests &&
+			in.records+len(r.candidates) <= poolRecords && in.bytes+len(r.raw) <= poolBytes
 		in.mu.Unlock()
 		if ok {
 			return nil
@@ -134,14 +207,22 @@ func (in *intake) wait(ctx context.Context, records int) error {
 	}
 }
 
-// submit gives a request to the engine; what fails is tried again by finish.
-func (in *intake) submit(id ledger.Hash, raw []byte) {
-	err := in.v.engine.submit(raw)
+// patience is how many blocks may pass over a waiting request before the leader
+// is suspected of leaving it out; a full pool is a few.
+const patience = 16
+
+// patient reports whether the leader decides what there is, in something like
+// its order: then nobody should complain of it, however long the queue.
+func (in *intake) patient() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if w, ok := in.waiting[id]; ok && err == nil {
-		w.submitted = time.Now()
+	h := in.v.height.Load()
+	for _, w := range in.waiting {
+		if h > w.since+patience {
+			return false
+		}
 	}
+	return true
 }
 
 // decided tells that requests are decided and durable. It does not block.
@@ -157,13 +238,10 @@ func (in *intake) decided(ids []ledger.Hash) {
 	}
 }
 
-// finish acknowledges, keeps messages alive, and submits again what the engine
-// may have lost.
+// finish acknowledges, and keeps messages alive.
 func (in *intake) finish(ctx context.Context) {
 	alive := time.NewTicker(inProgress)
 	defer alive.Stop()
-	again := time.NewTicker(in.resubmit / 2)
-	defer again.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -175,12 +253,6 @@ func (in *intake) finish(ctx context.Context) {
 			for _, m := range in.messages() {
 				if err := m.InProgress(); err != nil {
 					in.v.log.Warn("cannot keep a message alive; it will come again", "seq", m.Seq, "err", err)
-				}
-			}
-		case now := <-again.C:
-			for id, raw := range in.stale(now) {
-				if ctx.Err() == nil {
-					in.submit(id, raw)
 				}
 			}
 		}
@@ -199,6 +271,7 @@ func (in *intake) acknowledge() {
 		}
 		delete(in.waiting, id)
 		in.records -= w.records
+		in.bytes -= len(w.raw)
 		for _, p := range w.msgs {
 			if p.left--; p.left == 0 {
 				whole = append(whole, p.msg)
@@ -228,18 +301,6 @@ func (in *intake) messages() []*bus.Msg {
 				seen[p] = true
 				out = append(out, p.msg)
 			}
-		}
-	}
-	return out
-}
-
-func (in *intake) stale(now time.Time) map[ledger.Hash][]byte {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	out := map[ledger.Hash][]byte{}
-	for id, w := range in.waiting {
-		if now.Sub(w.submitted) > in.resubmit {
-			out[id] = w.raw
 		}
 	}
 	return out

@@ -64,11 +64,11 @@ func newSmart(h host, self uint64, nodes []uint64, t Timing, maxPayload int, ent
 	c.RequestBatchMaxInterval = t.BatchWait
 	c.RequestMaxBytes = MaxRequest
 	c.IncomingMessageBufferSize = 1024
-	c.RequestPoolSize = 2 * poolRequests // our own, and what peers forward
+	c.RequestPoolSize = 2 * poolRequests // intake bounds it more tightly
 	c.RequestPoolSubmitTimeout = time.Second
-	c.RequestForwardTimeout = t.Forward
-	c.RequestComplainTimeout = t.Complain
-	c.RequestAutoRemoveTimeout = max(t.Complain, 3*time.Minute)
+	c.RequestForwardTimeout = t.Complain / 4 // the engine waits for both in turn
+	c.RequestComplainTimeout = t.Complain - t.Complain/4
+	c.RequestAutoRemoveTimeout = max(t.Complain, 365*24*time.Hour) // never: intake has it acknowledged when it is decided
 	c.ViewChangeResendInterval = t.ViewChangeResend
 	c.ViewChangeTimeout = t.ViewChange
 	c.LeaderHeartbeatTimeout = t.Heartbeat
@@ -190,12 +190,6 @@ func (s *smart) submit(raw []byte) error {
 		return nil
 	}
 	return err
-}
-
-func (s *smart) forwarded(from uint64, raw []byte) {
-	if s.started.Load() {
-		s.c.HandleRequest(from, raw)
-	}
 }
 
 func (s *smart) forget() {
@@ -451,8 +445,8 @@ func (s *smart) RequestsFromProposal(p types.Proposal) []types.RequestInfo {
 	return infos(s.host.requestsOf(ours(p)))
 }
 
-// VerifyRequest implements the engine's Verifier; it is asked about forwarded
-// requests.
+// VerifyRequest implements the engine's Verifier; it is asked about requests
+// from peers, of which there are none.
 func (s *smart) VerifyRequest(raw []byte) (types.RequestInfo, error) {
 	if s.host.decidedRequest(raw) {
 		return types.RequestInfo{}, errors.New("decided, or never to be")
@@ -508,6 +502,12 @@ func (s *smart) Deliver(p types.Proposal, sigs []types.Signature) types.Reconfig
 		votes[i] = ledger.Vote{Validator: sig.ID, Signature: sig.Value}
 	}
 	s.host.decide(ours(p), votes)
+	// The engine counts each request's age from when it came, and complains of a
+	// leader that is only busy. Here it counts from the last decision; but not
+	// while views change, when the timers must rest.
+	if s.started.Load() && s.views.current.Load() == s.views.real.Load() && s.host.patient() {
+		s.c.Pool.RestartTimers()
+	}
 	return types.Reconfig{}
 }
 
@@ -548,13 +548,16 @@ func (s *smart) SendConsensus(to uint64, m *protos.Message) {
 			s.host.fail(fmt.Errorf("reading our own message: %w", err))
 			return
 		}
-		s.out, s.outM = m, message{body: body, vote: v}
+		s.out, s.outM = m, message{body: body, vote: v, changesView: m.GetViewChange() != nil}
 	}
 	s.host.send(to, s.outM)
 }
 
-// SendTransaction implements the engine's Comm.
-func (s *smart) SendTransaction(to uint64, raw []byte) { s.host.forward(to, raw) }
+// SendTransaction implements the engine's Comm. Requests are not passed to the
+// leader: it reads the same stream, in the stream's order, and a frame that
+// overtakes its device's frame before would make that one a replay. A leader
+// that does not get on with the stream is replaced.
+func (s *smart) SendTransaction(uint64, []byte) {}
 
 // viewGauges reads the engine's mind: the view that it is in, and the one that
 // it is changing to, are nowhere else to be had.

@@ -313,8 +313,12 @@ func (t *transport) queue(p *peer, o *outgoing) {
 	p.out = append(p.out, o)
 	p.outSize += len(o.m.body)
 	if ph := o.m.vote.Phase; ph != phaseNone {
-		o.due = time.Now().Add(t.resend)
+		o.due = time.Now().Add(t.patience(o))
 		p.resends[ph] = o
+	}
+	if o.m.changesView {
+		delete(p.resends, phasePropose)
+		delete(p.resends, phasePrepare)
 	}
 	p.mu.Unlock()
 	select {
@@ -324,6 +328,12 @@ func (t *transport) queue(p *peer, o *outgoing) {
 }
 
 const resendTries = 6
+
+// patience is how long a message may take before it is sent again. What is large
+// takes longer, and would make a slow network slower.
+func (t *transport) patience(o *outgoing) time.Duration {
+	return t.resend * time.Duration(1+len(o.m.body)>>17) << o.tries
+}
 
 func (t *transport) sendLoop(ctx context.Context, p *peer) {
 	tick := time.NewTicker(max(t.resend/4, time.Millisecond))
@@ -375,7 +385,7 @@ func (t *transport) again(p *peer) {
 			continue
 		}
 		o.tries++
-		o.due = now.Add(t.resend << o.tries)
+		o.due = now.Add(t.patience(o))
 		p.out = append(p.out, o)
 		p.outSize += len(o.m.body)
 		t.count.resent.Add(1)

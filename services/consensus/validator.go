@@ -266,12 +266,6 @@ func (v *Validator) receive(from uint64, p *parcel, m message) {
 	switch p.Kind {
 	case kindEngine:
 		v.engine.receive(from, m)
-	case kindRequest:
-		if _, err := parseRequest(p.Body); err != nil {
-			v.count.invalid.Add(1)
-			return
-		}
-		v.engine.forwarded(from, p.Body)
 	case kindMeet:
 		if err := v.transport.answer(v.transport.peers[from], p.Start); err != nil {
 			v.log.Error("cannot answer a peer", "peer", from, "err", err)
@@ -349,14 +343,10 @@ func (v *Validator) decidedRequest(raw []byte) bool {
 	return v.core.isDecided(ledger.RequestID(raw))
 }
 
+func (v *Validator) patient() bool { return v.intake.patient() }
+
 func (v *Validator) requestsOf(p proposal) []ledger.Hash { return v.core.requestsOf(p) }
 func (v *Validator) send(to uint64, m message)           { v.transport.send(to, m) }
-
-func (v *Validator) forward(to uint64, raw []byte) {
-	if p, ok := v.transport.peers[to]; ok {
-		v.transport.queue(p, &outgoing{kind: kindRequest, m: message{body: raw}})
-	}
-}
 
 func (v *Validator) save(entry []byte, truncate bool, votes []vote) error {
 	return v.core.journal.save(entry, truncate, votes)
