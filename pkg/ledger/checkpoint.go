@@ -162,6 +162,9 @@ func Cosign(name string, key ed25519.PrivateKey, body string, at time.Time) (str
 // CheckCosignature verifies one signature line of a cosigner over a body, and
 // returns the time that it bears.
 func (c *Cosigner) CheckCosignature(body, line string) (time.Time, error) {
+	if strings.Count(line, "\n") != 1 || !strings.HasSuffix(line, "\n") {
+		return time.Time{}, fmt.Errorf("cosignature of %s: must be one line", c.name)
+	}
 	n, err := note.Open([]byte(body+"\n"+line), note.VerifierList(c))
 	if err != nil {
 		return time.Time{}, fmt.Errorf("cosignature of %s: %w", c.name, err)
