@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/http"
 	"slices"
 	"sync"
@@ -68,6 +69,10 @@ type Gateway struct {
 	sealing   latencies
 	unsealed  []pending
 	waiters   chan struct{} // closed and replaced at each change
+	// quarantine counts refused records by rule, since this gateway's durable
+	// position began; lastRefusal is the newest one's reason.
+	quarantine  map[string]uint64
+	lastRefusal string
 }
 
 // pending is a frame that has been agreed and waits for its seal.
@@ -120,10 +125,13 @@ type JunctionView struct {
 	At       time.Time          `json:"at"`
 	// Frame is the newest agreed frame.
 	Frame traffic.FrameKey `json:"frame"`
-	// Command is the newest sealed-in command and its place in the log.
-	Rule     string `json:"rule"`
+	// Rule is the newest agreed command's reason.
+	Rule string `json:"rule"`
+	// Evidence is the leaf of the newest command that can be proven, 0 for none:
+	// a seal covers the block after the command's, which holds its header.
 	Evidence uint64 `json:"evidence"`
-	Height   uint64 `json:"height"`
+
+	newest struct{ index, height uint64 } // the newest agreed command
 }
 
 // Latency in milliseconds since the reading's own time.
@@ -143,6 +151,9 @@ type View struct {
 	Sealed    SealView           `json:"sealed"`
 	Counts    Counts             `json:"counts"`
 	LatencyMS Latency            `json:"latency_ms"`
+	// Quarantine counts refused records by rule.
+	Quarantine  map[string]uint64 `json:"quarantine,omitempty"`
+	LastRefusal string            `json:"last_refusal,omitempty"`
 }
 
 // New returns a gateway that has seen nothing yet.
@@ -178,6 +189,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 		run.Actor{Name: "decisions", Run: func(ctx context.Context) error {
 			return g.cfg.State.Run(ctx, g.cfg.Follow, g.block)
 		}},
+		run.Actor{Name: "events", Run: g.events},
 		run.Actor{Name: "seals", Run: func(ctx context.Context) error {
 			return g.cfg.Bus.Subscribe(ctx, topic.Seal(g.cfg.District), func(_ string, data []byte) { g.seal(data) })
 		}},
@@ -213,7 +225,8 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 		case c.Command != nil:
 			g.counts.Commands++
 			if j := g.junctions[c.Command.Junction]; j != nil {
-				j.Rule, j.Evidence, j.Height = c.Command.Rule, r.Index, uint64(b.Header.Height)
+				j.Rule = c.Command.Rule
+				j.newest.index, j.newest.height = r.Index, uint64(b.Header.Height)
 			}
 		}
 	}
@@ -308,6 +321,11 @@ func (g *Gateway) seal(data []byte) {
 		n++
 	}
 	g.unsealed = g.unsealed[:n]
+	for _, j := range g.junctions {
+		if j.newest.height != 0 && j.newest.height < s.Height {
+			j.Evidence = j.newest.index
+		}
+	}
 	g.changed()
 }
 
@@ -321,7 +339,8 @@ func (g *Gateway) changed() {
 func (g *Gateway) View() View {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	v := View{District: g.cfg.District, Time: g.cfg.Now().UTC(), Blocks: slices.Clone(g.blocks), Sealed: g.sealed, Counts: g.counts}
+	v := View{District: g.cfg.District, Time: g.cfg.Now().UTC(), Blocks: slices.Clone(g.blocks), Sealed: g.sealed, Counts: g.counts,
+		Quarantine: maps.Clone(g.quarantine), LastRefusal: g.lastRefusal}
 	for _, j := range g.junctions {
 		v.Junctions = append(v.Junctions, *j)
 	}

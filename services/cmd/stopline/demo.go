@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -142,7 +143,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	log := slog.New(slog.NewTextHandler(s.err, &slog.HandlerOptions{Level: level}))
 
-	w, err := openWorld(ctx, worldOptions{config: config, rules: rules, sensing: o.sensing, seed: o.seed, start: time.Now().UTC(), log: log})
+	w, err := openWorld(ctx, worldOptions{config: config, rules: rules, sensing: o.sensing, seed: o.seed, start: time.Now().UTC().Add(-warmUpTime), rushHour: true, log: log})
 	if err != nil {
 		return err
 	}
@@ -154,6 +155,11 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	var defs []*traffic.Junction
 	for _, j := range w.Junctions() {
 		defs = append(defs, rules.Apply(j))
+	}
+	if config == cityName {
+		if err := warmUp(w, defs, rules); err != nil {
+			return err
+		}
 	}
 	policy := identity.Policy{Version: "1", Controller: ctrl.Name + " " + ctrl.Version, Rules: rules.Name}
 	l, err := newLocal(ctx, localOptions{
@@ -217,6 +223,55 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 		return err
 	}
 	return printReport(s.out, o.json, &r)
+}
+
+// warmUpTime is how long the built-in city has been running, in its own time,
+// when a demo begins: streets that are empty at first would show nothing.
+const warmUpTime = 5 * time.Minute
+
+// warmUp runs the world with every junction on its local plan, under throw-away
+// keys. Nothing of it is a record.
+func warmUp(w world, defs []*traffic.Junction, rules timing.Rules) error {
+	_, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return err
+	}
+	units := make([]*roadside.Unit, len(defs))
+	for i, j := range defs {
+		cab, err := w.cabinet(j.ID)
+		if err != nil {
+			return err
+		}
+		units[i], err = roadside.New(w.Now(), roadside.Config{
+			District: "warm-up", Junction: j, Device: "none", Key: key, BootEpoch: 1, Driver: cab, Rules: rules,
+			Commander: func(identity.KeyID) (ed25519.PublicKey, bool) { return nil, false },
+		})
+		if err != nil {
+			return err
+		}
+	}
+	for end := w.Now().Add(warmUpTime); w.Now().Before(end); {
+		for _, u := range units {
+			if _, err := u.Tick(w.Now()); err != nil {
+				return err
+			}
+		}
+		if _, err := w.Step(); err != nil {
+			return err
+		}
+	}
+	for _, j := range defs {
+		cab, err := w.cabinet(j.ID)
+		if err != nil {
+			return err
+		}
+		// The first true interval begins now: what the detectors counted until
+		// here is nobody's reading.
+		if _, err := cab.Sense(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func listen(o demoOptions) (net.Listener, error) {

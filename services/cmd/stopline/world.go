@@ -45,12 +45,13 @@ type worldOptions struct {
 	tripinfo string
 	start    time.Time     // of the city; SUMO's is in its configuration
 	length   time.Duration // of the city; 0: without end
+	rushHour bool          // of the city: the morning peak's demand at any hour
 	log      *slog.Logger
 }
 
 func openWorld(ctx context.Context, o worldOptions) (world, error) {
 	if o.config == cityName {
-		c, err := sim.New(sim.Config{Seed: uint64(o.seed), Start: o.start, Duration: o.length})
+		c, err := sim.New(sim.Config{Seed: uint64(o.seed), Start: o.start, Duration: o.length, FlatDemand: o.rushHour})
 		if err != nil {
 			return nil, err
 		}

@@ -37,11 +37,13 @@ function show(v) {
   map(js);
   fill("junctions", js.map((j) => {
     let link = el("span", "not yet");
-    if (j.evidence && j.height < v.sealed.height) { link = el("a", "bundle " + j.evidence); link.href = "/v1/evidence/" + j.evidence; }
+    if (j.evidence) { link = el("a", "bundle " + j.evidence); link.href = "/v1/evidence/" + j.evidence; }
     const why = el("span", j.rule || "–"), tr = row([j.name || j.id, j.stage || "changing", lamps(j), el("span", j.signal.mode || "–", "mode " + (j.signal.mode || "")), j.vehicles, j.halted, why, link]);
     tr.children[6].className = "wrap";
     return tr;
   }));
+  const q = Object.entries(v.quarantine || {});
+  if (q.length) $("quarantine").textContent = q.sort().map(([r, n]) => r + " " + n).join(", ") + ". Newest: " + v.last_refusal;
   fill("blocks", (v.blocks || []).slice().reverse().map((b) => row([b.height, clock(b.time), b.records, b.size, b.root, (b.votes || []).join(" ")])));
 }
 const source = new EventSource("/v1/live");
