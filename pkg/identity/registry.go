@@ -340,11 +340,15 @@ func (r *Registry) Apply(height uint64, signer KeyID, c Change) error {
 	return nil
 }
 
+// MaxID is the longest id of an entry, bytes. Junctions that SUMO's importers
+// have joined are named after all their parts.
+const MaxID = 512
+
 func entryKey(t EntryType, id string) string { return string(t) + "\x00" + id }
 
 func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessage) error {
-	if id == "" || len(id) > 128 || strings.ContainsFunc(id, func(c rune) bool { return c < ' ' }) {
-		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to 128 bytes without control characters", id)
+	if id == "" || len(id) > MaxID || strings.ContainsFunc(id, func(c rune) bool { return c < ' ' }) {
+		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to %d bytes without control characters", id, MaxID)
 	}
 	old, exists := r.entries[entryKey(t, id)]
 	replace := t == TypeJunction || t == TypePolicy

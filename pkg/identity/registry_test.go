@@ -108,9 +108,9 @@ func TestApplyRefuses(t *testing.T) {
 		{"nonce", registrar, func(c *Change) { c.Nonce = 9 }, kind.Conflict, "nonce: 9 was used by this signer before"},
 		{"action", registrar, func(c *Change) { c.Action = "drop" }, kind.Invalid, `action: "drop": must be put or revoke`},
 		{"type", registrar, func(c *Change) { c.Type = "lamp" }, kind.Invalid, `type: "lamp" is unknown`},
-		{"no id", registrar, func(c *Change) { c.ID = "" }, kind.Invalid, `id: "": 1 to 128 bytes without control characters`},
-		{"long id", registrar, func(c *Change) { c.ID = strings.Repeat("x", 129) }, kind.Invalid, `id: "` + strings.Repeat("x", 40) + `": 1 to 128 bytes without control characters`},
-		{"line in the id", registrar, func(c *Change) { c.ID = "a\nb" }, kind.Invalid, `id: "a\nb": 1 to 128 bytes without control characters`},
+		{"no id", registrar, func(c *Change) { c.ID = "" }, kind.Invalid, `id: "": 1 to 512 bytes without control characters`},
+		{"long id", registrar, func(c *Change) { c.ID = strings.Repeat("x", MaxID+1) }, kind.Invalid, `id: "` + strings.Repeat("x", 40) + `": 1 to 512 bytes without control characters`},
+		{"line in the id", registrar, func(c *Change) { c.ID = "a\nb" }, kind.Invalid, `id: "a\nb": 1 to 512 bytes without control characters`},
 		{"id in use", registrar, func(c *Change) { c.ID = "d2" }, kind.Conflict, `id: device "d2" was used before; ids are never used again`},
 		{"id once used", registrar, func(c *Change) { c.ID = "d1" }, kind.Conflict, `id: device "d1" was used before; ids are never used again`},
 		{"body", registrar, func(c *Change) { c.Body = json.RawMessage(`{"colour":1}`) }, kind.Invalid, `body: json: unknown field "colour"`},
@@ -170,6 +170,17 @@ func TestApplyRefuses(t *testing.T) {
 }
 
 func firstLine(err error) string { return strings.SplitN(err.Error(), "\n", 2)[0] }
+
+func TestLongestID(t *testing.T) {
+	r := testRegistry(t)
+	id := strings.Repeat("x", MaxID)
+	if err := r.Apply(1, testID("registrar"), change(t, func(c *Change) { c.ID = id })); err != nil {
+		t.Fatal(err)
+	}
+	if h, ok := r.Holder(testID("d3")); !ok || h.ID != id {
+		t.Errorf("got holder %v, %v", h, ok)
+	}
+}
 
 func TestRevokeAndReplace(t *testing.T) {
 	r := testRegistry(t)

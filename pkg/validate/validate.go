@@ -184,11 +184,14 @@ func (s *State) command(reg *identity.Registry, now time.Time, c *Candidate) Ver
 	}
 	for _, t := range [...]struct{ field, v string }{
 		{"policy", m.Policy}, {"policy_version", m.PolicyVersion}, {"controller", m.Controller},
-		{"controller_version", m.ControllerVersion}, {"rule", m.Rule}, {"rests_on.device", string(m.RestsOn.Device)},
+		{"controller_version", m.ControllerVersion}, {"rule", m.Rule},
 	} {
 		if len(t.v) > maxText {
 			return refuse(RuleSize, "%s: %d bytes, at most %d", t.field, len(t.v), maxText)
 		}
+	}
+	if n := len(m.RestsOn.Device); n > identity.MaxID {
+		return refuse(RuleSize, "rests_on.device: %d bytes, at most %d", n, identity.MaxID)
 	}
 	e := commandEntry(c)
 	src := s.junctions.get(string(j.ID))

@@ -354,6 +354,8 @@ func TestCommandRules(t *testing.T) {
 		{"no number", RuleSchema, func(c *traffic.Command) { c.Seq = 0 }, "seq: 0, the first is 1", nil},
 		{"text", RuleSize, func(c *traffic.Command) { c.Rule = strings.Repeat("x", 257) }, "rule: 257 bytes, at most 256",
 			func(c *traffic.Command) { c.Rule = strings.Repeat("x", 256) }},
+		{"device's name", RuleSize, func(c *traffic.Command) { c.RestsOn.Device = traffic.DeviceID(strings.Repeat("x", 513)) }, "rests_on.device: 513 bytes, at most 512",
+			func(c *traffic.Command) { c.RestsOn.Device = traffic.DeviceID(strings.Repeat("x", 512)) }},
 		{"stage", RuleStage, func(c *traffic.Command) { c.Stage = 2 }, "stage: 2, junction j1 has 2", func(c *traffic.Command) { c.Stage = 0 }},
 		{"negative stage", RuleStage, func(c *traffic.Command) { c.Stage = -1 }, "stage: -1, junction j1 has 2", nil},
 		{"expires as it is issued", RuleExpired, func(c *traffic.Command) { c.Expires = noon }, "expires: 0.0 s after issued, must be later than issued",
