@@ -141,6 +141,8 @@ type Unit struct {
 	inForce time.Duration
 	tickAt  time.Time
 	shown   traffic.State
+	before  traffic.State // what was shown before
+	shownAt time.Time
 
 	frameSeq uint64
 	prev     [32]byte
@@ -240,7 +242,7 @@ func (u *Unit) Tick(now time.Time) (Ticked, error) {
 	t := Ticked{Shown: show, Changed: show != u.shown, Trip: trip, ModeChanged: u.mode != was}
 	if t.Changed {
 		u.changes(now, u.shown, show)
-		u.shown = show
+		u.before, u.shownAt, u.shown = u.shown, now, show
 	}
 	if err := u.cfg.Driver.Show(show); err != nil {
 		u.counters.ShowErrors++
@@ -367,6 +369,10 @@ func (u *Unit) frame(now time.Time, periodic bool) ([]byte, *traffic.Frame, erro
 	return identity.Sign(u.cfg.Key, identity.KindFrame, identity.Protobuf, payload).Marshal(), f, nil
 }
 
+// lampsFollow is how long lamps may take to show what they were told to: a
+// simulator with steps of a second shows it with its next step.
+const lampsFollow = 1500 * time.Millisecond
+
 // signal is what the lamps were seen to show, or were told to where they cannot
 // be seen.
 func (u *Unit) signal(now time.Time) traffic.Signal {
@@ -376,6 +382,8 @@ func (u *Unit) signal(now time.Time) traffic.Signal {
 	case err != nil:
 		u.counters.ObserveErrors++
 		u.log.Error("lamps cannot be read", "intersection", u.cfg.Junction.ID, "err", err)
+	case seen == u.before && now.Sub(u.shownAt) < lampsFollow && now.Sub(u.shownAt) >= 0:
+		s.State = seen // on its way
 	case seen != u.shown:
 		u.counters.LampFaults++
 		u.log.Error("lamps do not show what they were told to", "intersection", u.cfg.Junction.ID, "want", string(u.shown), "got", string(seen))

@@ -790,3 +790,58 @@ func BenchmarkFrame(b *testing.B) {
 	}
 	b.ReportMetric(float64(n), "bytes")
 }
+
+// lagging is a cabinet whose lamps follow an order later: a simulator with long
+// steps, or a relay.
+type lagging struct {
+	Driver
+	lag   time.Duration
+	now   func() time.Time
+	shown []struct {
+		at time.Time
+		s  traffic.State
+	}
+}
+
+func (l *lagging) Show(s traffic.State) error {
+	l.shown = append(l.shown, struct {
+		at time.Time
+		s  traffic.State
+	}{l.now(), s})
+	return l.Driver.Show(s)
+}
+
+func (l *lagging) Observed() (traffic.State, error) {
+	if len(l.shown) == 0 {
+		return l.Driver.Observed()
+	}
+	s := l.shown[0].s
+	for _, x := range l.shown {
+		if l.now().Sub(x.at) >= l.lag {
+			s = x.s
+		}
+	}
+	return s, nil
+}
+
+// Lamps that follow within a second are no fault, and a frame says what they
+// show; such that follow later are one.
+func TestLampsMayFollowWithTheNextStep(t *testing.T) {
+	for _, c := range []struct {
+		lag    time.Duration
+		faulty bool
+	}{{time.Second, false}, {2500 * time.Millisecond, true}} {
+		t.Run(c.lag.String(), func(t *testing.T) {
+			var d *lagging
+			s := newStreet(t, sim.Config{Junctions: 1}, func(cfg *Config) {
+				d = &lagging{Driver: cfg.Driver, lag: c.lag}
+				cfg.Driver = d
+			})
+			d.now = s.city.Now
+			s.run(90*time.Second, nil)
+			if got := s.units[0].Counters().LampFaults; (got != 0) != c.faulty {
+				t.Errorf("counted %d lamp faults, want some: %v", got, c.faulty)
+			}
+		})
+	}
+}
