@@ -12,14 +12,13 @@ import (
 // and compares every pair of groups at every step. It reads the definition's
 // own fields and shares no code with the monitor.
 type judgeOfLamps struct {
-	j        *traffic.Junction
-	now      time.Duration
-	show     string
-	began    []time.Duration // when the present colour began; green is one colour
-	everGo   []bool          // let in since the start or since flashing
-	restart  time.Duration   // when the start, or the end of flashing, was
-	flashing bool            // on the way to, or in, an order or trip to flash
-	slop     time.Duration   // by how much a time may be short: see the tests
+	j       *traffic.Junction
+	now     time.Duration
+	show    string
+	began   []time.Duration // when the present colour began; green is one colour
+	everGo  []bool          // let in since the start or since flashing
+	restart time.Duration   // when the start, or the end of flashing, was
+	slop    time.Duration   // by how much a time may be short: see the tests
 }
 
 func newJudge(j *traffic.Junction) *judgeOfLamps {

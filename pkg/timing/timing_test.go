@@ -382,7 +382,6 @@ type street struct {
 	worst    []int
 	every    []int // one vehicle each so many seconds, 0 for none
 	call     bool
-	full     map[string]bool
 	served   []int
 	stages   []int
 	sequence []int

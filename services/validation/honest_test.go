@@ -92,12 +92,12 @@ func judgeWorld(t *testing.T, w world, drive func(traffic.JunctionID) (driver, e
 	}
 	state := validate.NewState(validate.Edge())
 	second := max(1, int(time.Second/w.StepLength()))
-	every, left := second, second
+	left := second
 	frames, busy, refused := 0, 0, 0
 	for step, more := 0, true; more && step < steps; step++ {
 		if left--; left < 0 {
 			// Mostly each second; each step for a while; each ten seconds for a while.
-			every = []int{second, second, 1, second, 10 * second}[step/(60*second)%5]
+			every := []int{second, second, 1, second, 10 * second}[step/(60*second)%5]
 			left = every - 1
 		}
 		now := w.Now()

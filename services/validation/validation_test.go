@@ -247,6 +247,9 @@ func TestEquivocation(t *testing.T) {
 func TestKill(t *testing.T) {
 	for _, point := range []string{"quarantined", "accepted"} {
 		t.Run(point, func(t *testing.T) {
+			if testing.Short() && point != "accepted" {
+				t.Skip("takes seconds")
+			}
 			b := servicetest.District(t, district)
 			forgetIDs(t, b)
 			r := newRegistry(t, 3)

@@ -166,9 +166,8 @@ func post(ctx context.Context, url string, envelope []byte) error {
 	if err != nil {
 		return fmt.Errorf("is the demo running? %w", err)
 	}
-	defer res.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(res.Body, 1<<16))
-	if err != nil {
+	if err = errors.Join(err, res.Body.Close()); err != nil {
 		return err
 	}
 	if res.StatusCode != http.StatusOK {

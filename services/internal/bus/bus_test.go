@@ -110,6 +110,7 @@ func got[T any](t *testing.T, c <-chan T, n int) []T {
 }
 
 func TestPublishOnce(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	for range 2 {
 		if err := b.Publish(within(t), topic.Ingress(district), "same", []byte("x")); err != nil {
@@ -123,6 +124,7 @@ func TestPublishOnce(t *testing.T) {
 }
 
 func TestPublishFails(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	s := topic.Streams(district)[0]
 	s.MaxBytes, s.MaxMsgSize = 4096, 1024
@@ -148,6 +150,7 @@ func TestPublishFails(t *testing.T) {
 
 // A stream that appears while we try takes the message.
 func TestPublishWaitsForTheStream(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	done := make(chan error)
 	go func() { done <- b.Publish(within(t), topic.Ingress(district), "x", nil) }()
@@ -168,6 +171,7 @@ func batch(n int, id string) []bus.Msg {
 }
 
 func TestPublishAll(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	for _, n := range []int{0, 1, 2, 3, bus.MaxAll} {
 		t.Run(fmt.Sprint("n=", n), func(t *testing.T) {
@@ -195,6 +199,7 @@ func TestPublishAll(t *testing.T) {
 }
 
 func TestPublishAllOrNone(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	ms := batch(10, "a")
 	ms[7].ID = "" // so that it cannot be done one by one
@@ -208,6 +213,7 @@ func TestPublishAllOrNone(t *testing.T) {
 }
 
 func TestPublishAllWithoutAtomicBatches(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s, err := b.JS.Stream(within(t), topic.QuarantineStream)
 	if err != nil {
@@ -231,6 +237,7 @@ func consumer() bus.Consumer {
 }
 
 func TestConsumeAll(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	publish(t, b, 100)
 	c := make(chan string, 200)
@@ -261,6 +268,7 @@ func TestConsumeAll(t *testing.T) {
 }
 
 func TestConsumeLingers(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	c := make(chan int, 100)
 	cons := consumer()
@@ -278,6 +286,7 @@ func TestConsumeLingers(t *testing.T) {
 // TestConsumeErrors gives the handler a message in the middle that fails, and
 // wants all others handled.
 func TestConsumeErrors(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name  string
 		fail  func() error
@@ -295,6 +304,7 @@ func TestConsumeErrors(t *testing.T) {
 		{"panic", func() error { panic("stage: unknown") }, false, 3, "max-deliveries"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			b := servicetest.District(t, district)
 			publish(t, b, 10)
 			good := make(chan string, 100)
@@ -343,6 +353,7 @@ func TestConsumeErrors(t *testing.T) {
 }
 
 func TestConsumeFailsOne(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	publish(t, b, 5)
 	c := make(chan string, 10)
@@ -367,6 +378,7 @@ func TestConsumeFailsOne(t *testing.T) {
 
 // What is unavailable stays in place: order holds and nothing dies.
 func TestConsumeWaitsWhileUnavailable(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	publish(t, b, 5)
 	c := make(chan string, 10)
@@ -391,6 +403,7 @@ func TestConsumeWaitsWhileUnavailable(t *testing.T) {
 
 // A message whose dead letter cannot be stored stays in its stream.
 func TestConsumeKeepsWhatCannotBeBuried(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	if err := b.Declare(within(t), topic.Streams(district)[:2]); err != nil { // no DEADLETTER
 		t.Fatal(err)
@@ -413,6 +426,7 @@ func TestConsumeKeepsWhatCannotBeBuried(t *testing.T) {
 }
 
 func TestConsumeManually(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	publish(t, b, 2)
 	c := make(chan *bus.Msg, 10)
@@ -444,6 +458,7 @@ func TestConsumeManually(t *testing.T) {
 // Ending a consumer finishes the batch in hand, gives back the rest at once, and
 // the next one goes on from there.
 func TestConsumeEnds(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	publish(t, b, 40)
 	began, release := make(chan struct{}), make(chan struct{})
@@ -488,6 +503,7 @@ func TestConsumeEnds(t *testing.T) {
 }
 
 func TestConsumeWaitsForTheStream(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	c := make(chan string, 1)
 	consuming(t, b, consumer(), func(_ context.Context, ms []*bus.Msg) error {
@@ -502,6 +518,7 @@ func TestConsumeWaitsForTheStream(t *testing.T) {
 }
 
 func TestConsumerIsChecked(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	err := b.Consume(within(t), bus.Consumer{Batch: -1}, nil)
 	for _, want := range []string{"District: must not be empty", "Stream: must not be empty", "Durable: must not be empty", "Batch: must not be negative"} {
@@ -517,6 +534,7 @@ func TestConsumerIsChecked(t *testing.T) {
 }
 
 func TestReplayFrom(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	if last, err := b.Replay(within(t), topic.AcceptedStream, "", 0, nil); last != 0 || err != nil {
 		t.Errorf("empty: got %d, %v, want 0, nil", last, err)
@@ -547,6 +565,7 @@ func TestReplayFrom(t *testing.T) {
 }
 
 func TestRequests(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	if _, err := b.Request(within(t), "nobody", nil); kind.Of(err) != kind.Unavailable {
 		t.Errorf("got %v, want unavailable", err)
@@ -599,6 +618,7 @@ func TestRequests(t *testing.T) {
 }
 
 func TestServerOverTCPAndRestart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s, err := bus.StartServer(bus.ServerOptions{Dir: dir, Listen: "127.0.0.1:0", Logger: servicetest.Logger(t)})
 	if err != nil {
@@ -646,6 +666,7 @@ func TestServerOverTCPAndRestart(t *testing.T) {
 }
 
 func TestOptionsAreChecked(t *testing.T) {
+	t.Parallel()
 	_, err := bus.StartServer(bus.ServerOptions{Listen: "nowhere", MaxPayload: -1, MaxStore: -1})
 	for _, want := range []string{"Dir: must not be empty", "Listen: ", "MaxPayload: -1, must not be negative", "MaxStore"} {
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -63,6 +63,7 @@ func say(s pb.Receipt_Status) *pb.Receipt { return &pb.Receipt{Status: s, Reason
 // order, and each sender its receipts in order. It keeps the rule of ingest: a
 // record is taken in its turn only.
 func TestSenderKeepsOrder(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	rnd := rand.New(rand.NewPCG(1, 2))
 	taken := map[string][]string{} // by subject; used by the receiver only, until the end
@@ -122,6 +123,7 @@ func TestSenderKeepsOrder(t *testing.T) {
 }
 
 func TestSenderIsRefused(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	receiver(t, b, func(m *nats.Msg) *pb.Receipt {
 		if string(m.Data) == "bad" {
@@ -150,6 +152,7 @@ func TestSenderIsRefused(t *testing.T) {
 
 // Nobody listens at first; then somebody does.
 func TestSenderWaitsForIngest(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	s := newSender(t, b, nil)
 	done := make(chan error)
@@ -170,6 +173,7 @@ func TestSenderWaitsForIngest(t *testing.T) {
 }
 
 func TestSenderIsBounded(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	receiver(t, b, func(*nats.Msg) *pb.Receipt { return nil })
 	s := newSender(t, b, func(c *bus.SenderConfig) { c.Queue = 10; c.Timeout = time.Hour })

@@ -25,6 +25,7 @@ import (
 // run has many messages in flight, and so no order under redelivery; of the
 // second run one, and order.
 func TestWatermillSuite(t *testing.T) {
+	t.Parallel()
 	log.SetOutput(io.Discard) // the suite says a line for each read
 	t.Cleanup(func() { log.SetOutput(log.Default().Writer()) })
 	b := servicetest.Connect(t, servicetest.NATS(t))
@@ -117,6 +118,7 @@ func copyOf(m *message.Message) []*message.Message {
 }
 
 func TestRouterRetries(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	var tries atomic.Int64
 	publish(t, b, 3)
@@ -136,6 +138,7 @@ func TestRouterRetries(t *testing.T) {
 }
 
 func TestRouterRecoversAndPoisons(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		fail   func() error
@@ -195,6 +198,7 @@ func firstDead(t *testing.T, b *bus.Bus) *bus.Msg {
 }
 
 func TestRouterKeepsWhatIsUnavailable(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	var tries atomic.Int64
 	publish(t, b, 1)
@@ -211,6 +215,7 @@ func TestRouterKeepsWhatIsUnavailable(t *testing.T) {
 }
 
 func TestRouterCorrelates(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	routed(t, b, func(m *message.Message) ([]*message.Message, error) { return copyOf(m), nil })
 	m := message.NewMessage(watermill.NewUUID(), []byte("x"))
@@ -230,6 +235,7 @@ func TestRouterCorrelates(t *testing.T) {
 }
 
 func TestPublisherRefuses(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	p := bus.NewPublisher(b)
 	m := message.NewMessage("id", nil)

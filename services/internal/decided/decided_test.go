@@ -194,7 +194,12 @@ func serveSync(t *testing.T, b *bus.Bus, d *ledgertest.District, v uint64, answe
 			return out
 		})
 	}()
-	t.Cleanup(func() { cancel(); <-done })
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
+			t.Errorf("answering: %v", err)
+		}
+	})
 }
 
 func TestFollowFillsGapsFromValidators(t *testing.T) {

@@ -2,6 +2,7 @@ package sim
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -731,13 +732,13 @@ func TestDriverRefuses(t *testing.T) {
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Step(); err != ErrClosed {
+	if _, err := c.Step(); !errors.Is(err, ErrClosed) {
 		t.Errorf("Step after Close: got %v", err)
 	}
-	if _, err := d.Sense(); err != ErrClosed {
+	if _, err := d.Sense(); !errors.Is(err, ErrClosed) {
 		t.Errorf("Sense after Close: got %v", err)
 	}
-	if err := d.Show(was); err != ErrClosed {
+	if err := d.Show(was); !errors.Is(err, ErrClosed) {
 		t.Errorf("Show after Close: got %v", err)
 	}
 }

@@ -175,10 +175,10 @@ func TestDecodeGarbage(t *testing.T) {
 		in   []byte
 		want string
 	}{
-		{"empty", func(r *reader) { r.status(cmdSimStep) }, nil, "ends too early"},
-		{"another command", func(r *reader) { r.status(cmdSimStep) }, []byte{7, cmdClose, 0, 0, 0, 0, 0}, "status of command 0x7f, want 0x02"},
-		{"length beyond the end", func(r *reader) { r.status(cmdSimStep) }, []byte{200, cmdSimStep, 0, 0, 0, 0, 0}, "cannot follow"},
-		{"length that is not used up", func(r *reader) { r.status(cmdSimStep) }, []byte{8, cmdSimStep, 0, 0, 0, 0, 0, 0}, "1 bytes too many"},
+		{"empty", func(r *reader) { _ = r.status(cmdSimStep) }, nil, "ends too early"},
+		{"another command", func(r *reader) { _ = r.status(cmdSimStep) }, []byte{7, cmdClose, 0, 0, 0, 0, 0}, "status of command 0x7f, want 0x02"},
+		{"length beyond the end", func(r *reader) { _ = r.status(cmdSimStep) }, []byte{200, cmdSimStep, 0, 0, 0, 0, 0}, "cannot follow"},
+		{"length that is not used up", func(r *reader) { _ = r.status(cmdSimStep) }, []byte{8, cmdSimStep, 0, 0, 0, 0, 0, 0}, "1 bytes too many"},
 		{"negative string", func(r *reader) { r.str() }, []byte{0xFF, 0xFF, 0xFF, 0xFF}, "ends too early"},
 		{"more items than bytes", func(r *reader) { r.count(4) }, []byte{0x7F, 0xFF, 0xFF, 0xFF, 0}, "items cannot follow"},
 		{"unknown type", func(r *reader) { r.skip(0x55, 0) }, []byte{1}, "unknown type 0x55"},
@@ -225,7 +225,7 @@ func FuzzAnswer(f *testing.F) {
 		w.fresh, w.step = nil, w.step+1
 		w.field.add("car").seen = w.step
 		r := &reader{b: b}
-		stepAnswer(w, r)
+		_ = stepAnswer(w, r)
 		if r.off > len(b) || r.off < 0 {
 			t.Errorf("reader at byte %d of %d", r.off, len(b))
 		}

@@ -331,7 +331,9 @@ func (w *World) meet(id string, r *reader) {
 		}
 	}
 	if r.status(cmdSubVehicle) == nil {
-		r.subscription(w.receive(r))
+		// A vehicle that is gone again has nothing to say; what cannot be decoded
+		// is in r.err.
+		_ = r.subscription(w.receive(r))
 	}
 }
 
