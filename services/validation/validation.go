@@ -383,7 +383,7 @@ func (s *Service) judge(items []item) (accepted []item, refused []verdict, delta
 		if v.Gap > 0 {
 			n.Gaps++
 			n.Missing = saturate(n.Missing, v.Gap)
-			s.log.Warn("frames are missing", "device", c.Frame.Device, "seq", c.Frame.Seq, "missing", v.Gap)
+			s.log.Debug("frames are missing", "device", c.Frame.Device, "seq", c.Frame.Seq, "missing", v.Gap)
 		}
 		accepted = append(accepted, it)
 	}
