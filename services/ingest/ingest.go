@@ -278,7 +278,7 @@ func (s *Service) Run(ctx context.Context) error {
 	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
-		(&writer{s: s}).loop(stop)
+		(&writer{s: s, stop: stop}).loop()
 	}()
 	err := s.listen(ctx, closed)
 	s.mu.Lock()

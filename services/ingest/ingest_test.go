@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -182,6 +183,7 @@ func asJSON(e identity.Envelope) []byte {
 }
 
 func TestReceiptMeansStored(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, nil)
 	raw := envelope(1)
@@ -203,6 +205,7 @@ func TestReceiptMeansStored(t *testing.T) {
 }
 
 func TestReceiptAsProtobuf(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, nil)
 	r := httptest.NewRequestWithContext(within(t), http.MethodPost, "/v1/frames", bytes.NewReader(envelope(1)))
@@ -231,6 +234,7 @@ func reversed(e identity.Envelope) []byte {
 }
 
 func TestOtherEncodingsBecomeCanonical(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, nil)
 	e := sign(frame("dev", 1, 1))
@@ -295,6 +299,7 @@ var badBodies = []struct {
 }
 
 func TestRefusesByHTTP(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, nil)
 	want := map[string]uint64{}
@@ -336,6 +341,7 @@ func TestRefusesByHTTP(t *testing.T) {
 }
 
 func TestRefusesContentEncoding(t *testing.T) {
+	t.Parallel()
 	s := running(t, servicetest.District(t, district), nil)
 	r := httptest.NewRequestWithContext(within(t), http.MethodPost, "/v1/frames", bytes.NewReader(envelope(1)))
 	r.Header.Set("Content-Type", identity.Protobuf)
@@ -352,6 +358,7 @@ type brokenBody struct{}
 func (brokenBody) Read([]byte) (int, error) { return 0, errors.New("cable cut") }
 
 func TestCountsBrokenBodies(t *testing.T) {
+	t.Parallel()
 	s := running(t, servicetest.District(t, district), nil)
 	r := httptest.NewRequestWithContext(within(t), http.MethodPost, "/v1/frames", brokenBody{})
 	r.Header.Set("Content-Type", identity.Protobuf)
@@ -363,6 +370,7 @@ func TestCountsBrokenBodies(t *testing.T) {
 }
 
 func TestRefusesByNATS(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, nil)
 	want := map[string]uint64{}
@@ -424,6 +432,7 @@ func (a *answers) count(status pb.Receipt_Status, reason string) (n int) {
 }
 
 func TestFullQueueIsTold(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	for _, c := range []struct {
 		name, text string
@@ -433,8 +442,10 @@ func TestFullQueueIsTold(t *testing.T) {
 		{"bytes", "bytes are held", func(c *Config) { c.MaxPendingBytes = 4*len(envelope(1)) + 10 }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			// Nothing is cut before the queue has been seen to be full.
-			s := running(t, b, func(cfg *Config) { cfg.MaxDelay = time.Second; c.change(cfg) })
+			// Nothing is stored before the queue has been seen to be full: there are no
+			// salts until then.
+			full := make(chan struct{})
+			s := running(t, b, func(cfg *Config) { cfg.Rand = held{full}; c.change(cfg) })
 			var a answers
 			for i := range 4 {
 				a.take(s, envelope(i))
@@ -446,6 +457,7 @@ func TestFullQueueIsTold(t *testing.T) {
 			if r := request(t, b, "frame", envelope(5)); r.Status != pb.Receipt_STATUS_BUSY {
 				t.Errorf("got %v, want busy", r)
 			}
+			close(full)
 			a.wg.Wait()
 			if n := a.count(pb.Receipt_STATUS_STORED, ""); n != 4 {
 				t.Errorf("got %d stored, want the 4 that were taken", n)
@@ -462,6 +474,7 @@ func TestFullQueueIsTold(t *testing.T) {
 }
 
 func TestFullStreamIsTold(t *testing.T) {
+	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
 	small := topic.Streams(district)[0]
 	small.MaxBytes = 16 << 10
@@ -503,6 +516,7 @@ func TestFullStreamIsTold(t *testing.T) {
 }
 
 func TestSameBytesSameReceipt(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, func(c *Config) { c.MaxDelay = 50 * time.Millisecond })
 	var a answers
@@ -531,6 +545,7 @@ func TestSameBytesSameReceipt(t *testing.T) {
 }
 
 func TestNotRunningIsTold(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s, err := New(Config{District: district, Bus: b})
 	if err != nil {
@@ -543,6 +558,7 @@ func TestNotRunningIsTold(t *testing.T) {
 }
 
 func TestStopAnswersAll(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s, err := New(Config{District: district, Bus: b, MaxDelay: time.Second})
 	if err != nil {
@@ -568,6 +584,7 @@ func TestStopAnswersAll(t *testing.T) {
 }
 
 func TestNoSalts(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, func(c *Config) { c.Rand = io.LimitReader(neverEnding{}, 32) })
 	if r := request(t, b, "frame", envelope(1)); r.Status != pb.Receipt_STATUS_STORED {
@@ -581,11 +598,17 @@ func TestNoSalts(t *testing.T) {
 	}
 }
 
+// held gives no bytes until its channel is closed.
+type held struct{ until chan struct{} }
+
+func (h held) Read(b []byte) (int, error) { <-h.until; return rand.Read(b) }
+
 type neverEnding struct{}
 
 func (neverEnding) Read(b []byte) (int, error) { return len(b), nil }
 
 func TestConfig(t *testing.T) {
+	t.Parallel()
 	_, err := New(Config{MaxBatch: -1, MaxRecord: identity.MaxEnvelope + 1})
 	for _, want := range []string{"District: must not be empty", "Bus: must be given", "MaxBatch: -1, must be 0 to", "MaxRecord: 262145, must be 0 to 262144"} {
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -85,6 +85,7 @@ func checkOrder(t *testing.T, b *bus.Bus, devices, n int, again bool) {
 }
 
 func TestOrder(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	running(t, b, func(c *Config) { c.MaxBatch = 7 })
 	sendAll(t, sender(t, b), 5, 200)
@@ -94,6 +95,7 @@ func TestOrder(t *testing.T) {
 // Several records of each sender are on their way whenever the stream is taken
 // away, and the queue is small: nothing must be lost, doubled or overtaken.
 func TestOrderThroughFailures(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, func(c *Config) {
 		c.MaxBatch, c.MaxPending, c.StoreWait, c.MaxDelay = 3, 40, 50*time.Millisecond, time.Millisecond
@@ -129,13 +131,17 @@ func TestOrderThroughFailures(t *testing.T) {
 			}
 		}
 	}()
-	sendAll(t, sender(t, b), 4, 300)
+	n := 150
+	if testing.Short() {
+		n = 50
+	}
+	sendAll(t, sender(t, b), 4, n)
 	close(stop)
 	<-done
-	checkOrder(t, b, 4, 300, false)
+	checkOrder(t, b, 4, n, false)
 	c := s.Counts()
-	if c.Busy[ReasonUnavailable] == 0 || c.Busy[ReasonQueueFull] == 0 {
-		t.Errorf("got %+v, want busy answers by %s and %s: the test has tested nothing", c, ReasonUnavailable, ReasonQueueFull)
+	if c.Busy[ReasonUnavailable]+c.Busy[ReasonUnknown] == 0 || c.Busy[ReasonQueueFull] == 0 {
+		t.Errorf("got %+v, want busy answers because of store and queue: the test has tested nothing", c)
 	}
 	if len(c.Refused) != 0 {
 		t.Errorf("got %+v, want none refused", c)
@@ -145,6 +151,7 @@ func TestOrderThroughFailures(t *testing.T) {
 // Two instances share the inbox and write to one stream: each gets some of a
 // sender's records, and in between the other's batches.
 func TestOrderWithTwoInstances(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	one := running(t, b, func(c *Config) { c.MaxBatch, c.MaxDelay = 4, time.Millisecond })
 	two := running(t, b, func(c *Config) { c.MaxBatch, c.MaxDelay = 4, time.Millisecond })
@@ -162,6 +169,7 @@ func TestOrderWithTwoInstances(t *testing.T) {
 // The conditions that batches carry must be what keeps order: without the
 // predecessor the server refuses.
 func TestBatchBehindAMissingOneIsNotStored(t *testing.T) {
+	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, nil)
 	w := &writer{s: s}
@@ -184,6 +192,7 @@ func TestBatchBehindAMissingOneIsNotStored(t *testing.T) {
 }
 
 func TestReceiptsSurviveTheServer(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	server, err := bus.StartServer(bus.ServerOptions{Dir: dir, Logger: servicetest.Logger(t)})
 	if err != nil {
@@ -196,7 +205,7 @@ func TestReceiptsSurviveTheServer(t *testing.T) {
 	if err := b.Declare(within(t), topic.Streams(district)); err != nil {
 		t.Fatal(err)
 	}
-	s, err := New(Config{District: district, Bus: b, MaxBatch: 3, StoreWait: 100 * time.Millisecond, Logger: servicetest.Logger(t)})
+	s, err := New(Config{District: district, Bus: b, MaxBatch: 3, StoreWait: 20 * time.Millisecond, Logger: servicetest.Logger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -294,6 +303,7 @@ func BenchmarkIngest(b *testing.B) {
 
 // On three replicated servers the conditions that batches carry hold as well.
 func TestOrderInACluster(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("electing leaders takes seconds")
 	}

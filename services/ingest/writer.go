@@ -26,8 +26,16 @@ type writer struct {
 	// single is for how many batches not to pipeline, because another instance
 	// writes to the stream as well and breaks our conditions.
 	single int
-	// stopBy is when to give up; zero until the service is to stop.
+	// stop is closed when the service is to stop; nil once that has been seen.
+	stop <-chan struct{}
+	// stopBy is when to give up then; zero before.
 	stopBy time.Time
+}
+
+// stopped notes that the service is to stop.
+func (w *writer) stopped() {
+	w.stop = nil
+	w.stopBy = time.Now().Add(w.s.StoreWait)
 }
 
 // flight is one batch on its way to the stream.
@@ -51,7 +59,7 @@ const (
 )
 
 // loop stores what is queued until stop is closed and everything is answered.
-func (w *writer) loop(stop <-chan struct{}) {
+func (w *writer) loop() {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
@@ -99,9 +107,8 @@ func (w *writer) loop(stop <-chan struct{}) {
 				w.settle()
 			}
 		case <-w.s.kick:
-		case <-stop:
-			stop = nil
-			w.stopBy = time.Now().Add(w.s.StoreWait)
+		case <-w.stop:
+			w.stopped()
 		}
 	}
 }
@@ -185,7 +192,7 @@ func (w *writer) settle() {
 			w.stored(f)
 			continue
 		}
-		reason, err := w.store(f)
+		reason, err := w.store(f, flights[i+1:])
 		if err == nil {
 			w.stored(f)
 			continue
@@ -193,11 +200,12 @@ func (w *writer) settle() {
 		// Nothing behind it is stored: it would be out of order.
 		text := fmt.Sprintf("cannot store now: %v", err)
 		w.s.log.Warn("ingest: batch not stored, senders are told busy", "count", len(f.records), "reason", reason, "err", err)
-		behind := []*record{}
-		for _, g := range flights[i+1:] {
-			behind = append(behind, g.records...)
-		}
 		w.s.fail(f.records, reason, text)
+		behind := flying(flights[i+1:])
+		if reason == ReasonUnknown { // then they may be stored behind it
+			w.s.fail(behind, reason, text)
+			behind = nil
+		}
 		w.s.failAll(behind)
 		return
 	}
@@ -231,10 +239,19 @@ func (f *flight) wait() (acked bool) {
 	return false
 }
 
+func flying(fs []*flight) (rs []*record) {
+	for _, f := range fs {
+		rs = append(rs, f.records...)
+	}
+	return rs
+}
+
 // store sends one batch until it is stored or certainly not stored. While that
-// is not known it goes on, as its senders must not be told either; they are
-// told so after StoreWait, and asked to send again.
-func (w *writer) store(f *flight) (reason string, err error) {
+// is not known it goes on, because only then will the receipts that it gives to
+// those who ask again be true. Senders are told every StoreWait: those of f and
+// of the batches behind it that it is not known, all others that they wait in
+// vain.
+func (w *writer) store(f *flight, behind []*flight) (reason string, err error) {
 	// The first sending may have stored it, unless it never left or the server
 	// said no.
 	unknown := f.ack != nil
@@ -243,6 +260,11 @@ func (w *writer) store(f *flight) (reason string, err error) {
 	}
 	told := false
 	for {
+		select {
+		case <-w.stop: // this may go on until the service ends, or for ever
+			w.stopped()
+		default:
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), w.s.StoreWait)
 		if !w.stopBy.IsZero() {
 			ctx, cancel = context.WithDeadline(context.Background(), w.stopBy)
@@ -268,7 +290,8 @@ func (w *writer) store(f *flight) (reason string, err error) {
 			w.s.log.Warn("ingest: not known whether a batch was stored, trying on", "count", len(f.records), "err", err)
 			told = true
 		}
-		w.s.tell(f.records, ReasonUnknown, fmt.Sprintf("not known whether it was stored, send the same bytes again: %v", err))
+		w.s.tell(append(flying(behind), f.records...), ReasonUnknown, fmt.Sprintf("not known whether it was stored, send the same bytes again: %v", err))
+		w.s.failAll(nil)
 	}
 }
 
