@@ -57,6 +57,10 @@ until a checkpoint that covers it was sealed (sealed).`,
 		fs.StringVar(&o.controller, "controller", "actuated", "`NAME` of the controller: fixed, actuated or maxpressure")
 		fs.StringVar(&o.sensing, "sensing", "detectors", "SUMO only: `NAME` of what detectors know, detectors or oracle")
 		fs.Int64Var(&o.seed, "seed", 1, "random seed `N` of the traffic")
+		fs.StringVar(&o.nats.url, "nats", "", "use the NATS cluster at `URL` (several with commas) instead of an embedded server;\nits streams must sync always, or a receipt would promise too much")
+		fs.StringVar(&o.nats.creds, "nats-creds", "", "`FILE` with the NATS user's JWT and seed")
+		fs.StringVar(&o.nats.ca, "nats-ca", "", "`FILE` with the PEM certificates by which the cluster is known")
+		fs.IntVar(&o.nats.replicas, "nats-replicas", 1, "copies `N` of each stream in the cluster, 1 to 5")
 		fs.BoolVar(&o.json, "json", false, "print, last, one JSON object")
 		fs.BoolVar(&o.verbose, "verbose", false, "log to standard error what services do")
 		return func(ctx context.Context, args []string, s streams) error {
@@ -74,6 +78,7 @@ type demoOptions struct {
 	length                                  time.Duration
 	seed                                    int64
 	json, verbose, listenGiven              bool
+	nats                                    natsOptions
 }
 
 // demoReport is the JSON object that a demo ends with.
@@ -163,7 +168,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	policy := identity.Policy{Version: "1", Controller: ctrl.Name + " " + ctrl.Version, Rules: rules.Name}
 	l, err := newLocal(ctx, localOptions{
-		dir: dir, log: log,
+		dir: dir, log: log, nats: o.nats,
 		open: district.Options{ID: districtName(config), Junctions: defs, Created: time.Now(), PolicyName: "default", Policy: policy},
 		core: signalcontrol.CoreConfig{District: districtName(config), Policy: "default", PolicyVersion: policy.Version, Controller: ctrl, Rules: rules},
 	})
@@ -365,16 +370,17 @@ func runStreet(ctx context.Context, length time.Duration, l *local, w world, uni
 
 // settle waits until the last frame of every unit is agreed and sealed.
 func (l *local) settle(units []*roadside.Unit, servicesDone <-chan struct{}) error {
-	last := map[traffic.JunctionID]uint64{}
+	// By device: others than the demo's own may be enrolled at a junction.
+	last := map[traffic.DeviceID]uint64{}
 	for _, u := range units {
 		c := u.Counters()
-		last[u.Status(time.Now()).Junction] = c.Frames + c.EventFrames
+		last[district.DeviceID(u.Status(time.Now()).Junction)] = c.Frames + c.EventFrames
 	}
 	deadline := time.After(finishWait)
 	for {
 		waiting := 0
-		for _, j := range l.gateway.View().Junctions {
-			if j.Frame.Seq < last[j.ID] || j.Frame.BootEpoch < l.boot {
+		for d, seq := range last {
+			if k, _ := l.gateway.Newest(d); seq > 0 && (k.Seq < seq || k.BootEpoch < l.boot) {
 				waiting++
 			}
 		}
@@ -386,7 +392,7 @@ func (l *local) settle(units []*roadside.Unit, servicesDone <-chan struct{}) err
 		case <-servicesDone:
 			return errors.New("a service ended while the last frames were on their way")
 		case <-deadline:
-			return fmt.Errorf("%v after the end %d junctions' last frames are not agreed and %d agreed frames not sealed", finishWait, waiting, unsealed)
+			return fmt.Errorf("%v after the end %d units' last frames are not agreed and %d agreed frames not sealed", finishWait, waiting, unsealed)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}

@@ -32,7 +32,8 @@ import (
 // service with a connection of its own. No service shares memory with another.
 type local struct {
 	district *district.District
-	server   *bus.Server
+	server   *bus.Server // nil where NATS is elsewhere
+	nats     natsOptions
 	buses    []*bus.Bus
 	senders  []*bus.Sender
 	log      *slog.Logger
@@ -69,6 +70,13 @@ type localOptions struct {
 	core signalcontrol.CoreConfig // but for the key
 	now  func() time.Time         // nil: time.Now
 	log  *slog.Logger
+	nats natsOptions
+}
+
+// natsOptions say where NATS is: an embedded server, or a cluster by URL.
+type natsOptions struct {
+	url, creds, ca string
+	replicas       int
 }
 
 // newLocal opens or makes the district in a folder and builds its services;
@@ -90,14 +98,19 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	if g.District != o.open.ID {
 		return nil, fmt.Errorf("%s holds the district %q, not %q; give another data folder", o.dir, g.District, o.open.ID)
 	}
-	if l.server, err = bus.StartServer(bus.ServerOptions{Dir: filepath.Join(o.dir, "nats"), Logger: o.log}); err != nil {
-		return nil, err
+	l.nats = o.nats
+	if o.nats.url == "" {
+		if l.server, err = bus.StartServer(bus.ServerOptions{Dir: filepath.Join(o.dir, "nats"), Logger: o.log}); err != nil {
+			return nil, err
+		}
 	}
 	admin, err := l.connect("admin")
 	if err != nil {
 		return nil, err
 	}
-	if err = admin.Declare(ctx, topic.Streams(g.District)); err != nil {
+	declare, cancel := context.WithTimeout(ctx, readyWait)
+	defer cancel()
+	if err = admin.DeclareWith(declare, topic.Streams(g.District), bus.DeclareOptions{Replicas: o.nats.replicas}); err != nil {
 		return nil, err
 	}
 	reg, err := identity.NewRegistry(g)
@@ -197,7 +210,13 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 }
 
 func (l *local) connect(name string) (*bus.Bus, error) {
-	b, err := l.server.Connect(name)
+	var b *bus.Bus
+	var err error
+	if l.server != nil {
+		b, err = l.server.Connect(name)
+	} else {
+		b, err = bus.Connect(bus.ConnectOptions{URL: l.nats.url, CredsFile: l.nats.creds, CAFile: l.nats.ca, Name: "stopline " + name, Logger: l.log})
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -83,13 +83,14 @@ var versionCommand = command{
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	// A second interrupt ends the program at once: the first gives the signal back.
+	context.AfterFunc(ctx, stop)
 	code := Main(ctx, os.Args[1:], streams{os.Stdout, os.Stderr})
 	stop()
 	os.Exit(code)
 }
 
-// Main runs one command line and returns the exit code. A second interrupt ends
-// the program at once, because the first has given the signal back.
+// Main runs one command line and returns the exit code.
 func Main(ctx context.Context, args []string, s streams) int {
 	err := serve(ctx, args, s)
 	var x exitError
