@@ -55,6 +55,17 @@ func TestFourValidatorsAgree(t *testing.T) {
 	}
 }
 
+// publishedAll waits until a validator has stored its decisions.
+func (c *cluster) publishedAll(n uint64, blocks int) {
+	c.t.Helper()
+	defer func() {
+		if c.t.Failed() {
+			c.t.Logf("validator %d of %d blocks: %+v", n, blocks, c.nodes[n-1].v.Stats())
+		}
+	}()
+	eventually(c.t, "decisions published", func() bool { return c.nodes[n-1].v.Stats().Published == uint64(blocks) })
+}
+
 // published reads a validator's decisions from the stream.
 func (c *cluster) published(n uint64) []*pb.Block {
 	c.t.Helper()
@@ -145,6 +156,40 @@ func TestABatchIsDecidedOnce(t *testing.T) {
 	}
 	if times, _, v := where(t, c.check(), b); times != 1 || v != "1" {
 		t.Errorf("got decided %d times, verdict %s; want once, 1", times, v)
+	}
+}
+
+// A request that is decided elsewhere while it waits must not be proposed as
+// nothing for ever, nor depose the leader.
+func TestADecidedRequestDoesNotStayInThePool(t *testing.T) {
+	c := newCluster(t, 4)
+	c.start(c.all()...)
+	u := newUnit(1)
+	b := batch(u.frame(time.Now()))
+	c.submit(b)
+	c.decided(b, c.all()...)
+	c.stop(c.all()...) // the engine's own memory of it goes
+	c.start(c.all()...)
+	for _, n := range c.all() {
+		if err := c.nodes[n-1].v.engine.(*smart).c.SubmitRequest(b); err != nil { // past our own checks
+			t.Fatal(err)
+		}
+	}
+	for range 5 {
+		m := batch(u.frame(time.Now()))
+		c.submit(m)
+		c.decided(m, c.all()...)
+	}
+	blocks := c.check()
+	if empty := len(blocks) - 6; empty > 1 {
+		t.Errorf("got %d blocks without a request, want at most one", empty)
+	}
+	if times, _, _ := where(t, blocks, b); times != 1 {
+		t.Errorf("decided %d times, want once", times)
+	}
+	leader := c.nodes[0].v.Stats().Leader
+	if n := c.nodes[leader-1].v.engine.(*smart).c.Pool.Size(); n != 0 {
+		t.Errorf("requests in the leader's pool: got %d, want none", n)
 	}
 }
 
@@ -240,12 +285,17 @@ func TestAllRestartAtOnce(t *testing.T) {
 		if round == 1 {
 			c.decided(all[len(all)-1], c.all()...)
 		}
+		begin := time.Now()
 		c.stop(c.all()...) // in the other rounds, in the middle of things
+		stopped := time.Now()
 		c.start(c.all()...)
+		t.Logf("stopped in %v, started in %v", stopped.Sub(begin).Round(time.Millisecond), time.Since(stopped).Round(time.Millisecond))
 	}
+	begin := time.Now()
 	for _, b := range all {
 		c.decided(b, c.all()...)
 	}
+	t.Logf("all decided after %v", time.Since(begin).Round(time.Millisecond))
 	blocks := c.check()
 	for i, b := range all {
 		if times, _, v := where(t, blocks, b); times != 1 || v != "1" {
@@ -253,7 +303,7 @@ func TestAllRestartAtOnce(t *testing.T) {
 		}
 	}
 	for _, n := range c.all() {
-		eventually(t, "decisions published", func() bool { return c.nodes[n-1].v.Stats().Published == uint64(len(blocks)) })
+		c.publishedAll(n, len(blocks))
 		for i, m := range c.published(n) {
 			if h, err := ledger.ParseHeader(m.Header); err != nil || h.Height != ledger.Height(i+1) {
 				t.Fatalf("validator %d: decision %d in the stream has height %d, err %v: want each once, in order", n, i, h.Height, err)

@@ -42,8 +42,7 @@ type host interface {
 	decide(p proposal, votes []ledger.Vote)
 	// catchUp fetches what peers have decided, and returns the last decision.
 	catchUp() decision
-	// decidedRequest reports whether a request needs no deciding: it was, or it
-	// can never be.
+	// decidedRequest reports whether a request was decided.
 	decidedRequest(raw []byte) bool
 	// patient reports whether the leader decides what waits, so that no request's
 	// age alone should depose it.

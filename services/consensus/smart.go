@@ -116,6 +116,29 @@ func (s *smart) start(last decision) error {
 		return err
 	}
 	s.started.Store(true)
+	return s.repropose(entries)
+}
+
+// repropose sends a proposal that was made before a restart to the others: the
+// engine says again only that it prepared it, which is of no use to who never
+// got it.
+func (s *smart) repropose(entries [][]byte) error {
+	for _, e := range entries {
+		m := &protos.SavedMessage{}
+		if err := proto.Unmarshal(e, m); err != nil {
+			return err
+		}
+		pp := m.GetProposedRecord().GetPrePrepare()
+		if pp == nil || s.nodes[pp.View%uint64(len(s.nodes))] != s.self {
+			continue
+		}
+		out := &protos.Message{Content: &protos.Message_PrePrepare{PrePrepare: pp}}
+		for _, n := range s.nodes {
+			if n != s.self {
+				s.SendConsensus(n, out)
+			}
+		}
+	}
 	return nil
 }
 
@@ -189,7 +212,20 @@ func (s *smart) submit(raw []byte) error {
 	if err != nil && (err.Error() == "request already exists" || err.Error() == "request already processed") {
 		return nil
 	}
+	// Blocks that were fetched are taken out of the pool by forget, and this one
+	// may have come in behind it.
+	if err == nil && s.host.decidedRequest(raw) {
+		s.drop(raw)
+	}
 	return err
+}
+
+// drop takes a request out of the pool. Left there, it would be proposed, as
+// nothing, for ever, and at a follower depose the leader.
+func (s *smart) drop(raw []byte) {
+	if err := s.c.Pool.RemoveRequest(s.RequestID(raw)); err != nil {
+		s.log.Debug("request was not in the pool", "err", err)
+	}
 }
 
 func (s *smart) forget() {
@@ -408,6 +444,11 @@ func (s *smart) position(metadata []byte) slot {
 func (s *smart) AssembleProposal(metadata []byte, requests [][]byte) types.Proposal {
 	at := s.position(metadata)
 	at.Phase = phasePropose
+	for _, raw := range requests {
+		if s.host.decidedRequest(raw) {
+			s.drop(raw)
+		}
+	}
 	p := s.host.assemble(at, metadata, requests)
 	return types.Proposal{Header: p.Header, Payload: p.Payload, Metadata: p.Metadata}
 }
@@ -448,8 +489,11 @@ func (s *smart) RequestsFromProposal(p types.Proposal) []types.RequestInfo {
 // VerifyRequest implements the engine's Verifier; it is asked about requests
 // from peers, of which there are none.
 func (s *smart) VerifyRequest(raw []byte) (types.RequestInfo, error) {
+	if _, err := parseRequest(raw); err != nil {
+		return types.RequestInfo{}, err
+	}
 	if s.host.decidedRequest(raw) {
-		return types.RequestInfo{}, errors.New("decided, or never to be")
+		return types.RequestInfo{}, errors.New("decided before")
 	}
 	return s.RequestID(raw), nil
 }

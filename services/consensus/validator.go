@@ -337,9 +337,6 @@ func (v *Validator) catchUp() decision {
 }
 
 func (v *Validator) decidedRequest(raw []byte) bool {
-	if _, err := parseRequest(raw); err != nil {
-		return true
-	}
 	return v.core.isDecided(ledger.RequestID(raw))
 }
 
