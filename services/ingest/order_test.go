@@ -98,7 +98,7 @@ func TestOrderThroughFailures(t *testing.T) {
 	t.Parallel()
 	b := servicetest.District(t, district)
 	s := running(t, b, func(c *Config) {
-		c.MaxBatch, c.MaxPending, c.StoreWait, c.MaxDelay = 3, 40, 50*time.Millisecond, time.Millisecond
+		c.MaxBatch, c.MaxPending, c.StoreWait, c.MaxDelay = 3, 40, 20*time.Millisecond, time.Millisecond
 	})
 	st, err := b.JS.Stream(within(t), topic.IngressStream)
 	if err != nil {
@@ -120,7 +120,7 @@ func TestOrderThroughFailures(t *testing.T) {
 		for {
 			away(true)
 			select {
-			case <-time.After(70 * time.Millisecond):
+			case <-time.After(40 * time.Millisecond):
 			case <-stop:
 			}
 			away(false)

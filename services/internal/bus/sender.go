@@ -351,7 +351,7 @@ func (l *lane) send(e *entry) error {
 func (l *lane) hold() {
 	if !l.holding {
 		l.holding = true
-		l.backoff = min(max(2*l.backoff, 5*time.Millisecond), time.Second)
+		l.backoff = min(max(2*l.backoff, 5*time.Millisecond), 250*time.Millisecond)
 	}
 	if l.flying == 0 {
 		l.arm(armedPause, l.backoff)

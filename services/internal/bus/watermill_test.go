@@ -24,8 +24,9 @@ import (
 // TestWatermillSuite runs Watermill's own suite. Each subscription of the first
 // run has many messages in flight, and so no order under redelivery; of the
 // second run one, and order.
+//
+// It runs alone: its timeouts are by the wall clock.
 func TestWatermillSuite(t *testing.T) {
-	t.Parallel()
 	log.SetOutput(io.Discard) // the suite says a line for each read
 	t.Cleanup(func() { log.SetOutput(log.Default().Writer()) })
 	b := servicetest.Connect(t, servicetest.NATS(t))
@@ -48,6 +49,9 @@ func TestWatermillSuite(t *testing.T) {
 		}, func(t *testing.T) (message.Publisher, message.Subscriber) { return pubsub(64)(t, "shared") }, pubsub(64))
 	})
 	t.Run("in flight=1", func(t *testing.T) {
+		if testing.Short() {
+			t.Skip("one after another takes seconds")
+		}
 		var n atomic.Int64
 		tests.TestPubSub(t, tests.Features{
 			ConsumerGroups: true, Persistent: true, GuaranteedOrder: true, GenerateTopicFunc: subjects, ForceShort: true,
