@@ -61,6 +61,7 @@ type Service struct {
 	seal     chan Order
 	Counters Counters
 
+	started      time.Time    // set by Run
 	lastDecision atomic.Int64 // Unix nanoseconds of the newest frame decided on
 	stale        atomic.Bool
 }
@@ -93,7 +94,8 @@ func (s *Service) Stale() bool { return s.stale.Load() }
 
 // Run decides until ctx ends.
 func (s *Service) Run(ctx context.Context) error {
-	s.lastDecision.Store(s.cfg.Now().UnixNano())
+	s.started = s.cfg.Now()
+	s.lastDecision.Store(s.started.UnixNano())
 	actors := []run.Actor{
 		{Name: "decide", Run: func(ctx context.Context) error { return s.cfg.State.Run(ctx, s.cfg.Follow, s.block) }},
 		{Name: "watch", Run: s.watch},
@@ -108,6 +110,12 @@ func (s *Service) Run(ctx context.Context) error {
 
 func (s *Service) block(_ context.Context, b *decided.Block, reg *identity.Registry) error {
 	s.Counters.Blocks.Add(1)
+	if !b.Header.Time.After(s.started) {
+		// An earlier run may have commanded on this block, and been killed before
+		// it wrote down how far it was. A second command under the same number
+		// would be obeyed and, as an equivocation, never be sealed.
+		return nil
+	}
 	now := s.cfg.Now()
 	frames := make([]*traffic.Frame, 0, len(b.Records))
 	for i := range b.Records {
