@@ -61,6 +61,10 @@ type Gateway struct {
 	mu        sync.Mutex // guards all below
 	known     *identity.Registry
 	junctions map[traffic.JunctionID]*JunctionView
+	devices   map[traffic.DeviceID]traffic.FrameKey // newest agreed frame
+	// undecided holds the newest periodic frame of this run until a command that
+	// rests on it is agreed.
+	undecided map[traffic.JunctionID]traffic.FrameKey
 	blocks    []BlockView
 	sealed    SealView
 	counts    Counts
@@ -168,7 +172,7 @@ func New(c Config) (*Gateway, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	g := &Gateway{cfg: c, log: c.Logger, junctions: map[traffic.JunctionID]*JunctionView{},
-		waiters: make(chan struct{}), started: c.Now()}
+		devices: map[traffic.DeviceID]traffic.FrameKey{}, undecided: map[traffic.JunctionID]traffic.FrameKey{}, waiters: make(chan struct{}), started: c.Now()}
 	for _, j := range c.State.Registry().Junctions() {
 		g.junctions[j.ID] = newJunctionView(j)
 	}
@@ -224,6 +228,9 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 			g.frame(reg, c.Frame, r.Index, now)
 		case c.Command != nil:
 			g.counts.Commands++
+			if g.undecided[c.Command.Junction] == c.Command.RestsOn {
+				delete(g.undecided, c.Command.Junction)
+			}
 			if j := g.junctions[c.Command.Junction]; j != nil {
 				j.Rule = c.Command.Rule
 				j.newest.index, j.newest.height = r.Index, uint64(b.Header.Height)
@@ -250,6 +257,7 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 func (g *Gateway) frame(reg *identity.Registry, f *traffic.Frame, index uint64, now time.Time) {
 	g.counts.Frames++
 	g.counts.Readings += uint64(len(f.Readings))
+	g.devices[f.Device] = f.FrameKey // what is agreed of one device comes in its order
 	for _, r := range f.Results {
 		if r.Applied {
 			g.counts.Applied++
@@ -261,6 +269,9 @@ func (g *Gateway) frame(reg *identity.Registry, f *traffic.Frame, index uint64, 
 	if f.Time.After(g.started) {
 		g.agreed.add(now.Sub(f.Time))
 		g.unsealed = append(g.unsealed, pending{index, f.Time})
+		if f.Interval > 0 {
+			g.undecided[f.Junction] = f.FrameKey
+		}
 	}
 	j := g.junctions[f.Junction]
 	if j == nil || f.Time.Before(j.At) {
@@ -355,6 +366,24 @@ func (g *Gateway) Unsealed() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return len(g.unsealed)
+}
+
+// Newest returns the newest agreed frame of a device; a junction may have several
+// devices.
+func (g *Gateway) Newest(d traffic.DeviceID) (key traffic.FrameKey, ok bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	key, ok = g.devices[d]
+	return key, ok
+}
+
+// Undecided returns for how many junctions the command that rests on their newest
+// periodic frame is not agreed yet. One may never come: signal-control makes none
+// on a frame that is too old.
+func (g *Gateway) Undecided() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.undecided)
 }
 
 // Handler serves the page and its data:

@@ -368,7 +368,8 @@ func runStreet(ctx context.Context, length time.Duration, l *local, w world, uni
 	return run.All(ctx, actors...)
 }
 
-// settle waits until the last frame of every unit is agreed and sealed.
+// settle waits until the last frame of every unit is agreed and sealed, and the
+// commands that rest on them too, if there are any.
 func (l *local) settle(units []*roadside.Unit, servicesDone <-chan struct{}) error {
 	// By device: others than the demo's own may be enrolled at a junction.
 	last := map[traffic.DeviceID]uint64{}
@@ -376,6 +377,7 @@ func (l *local) settle(units []*roadside.Unit, servicesDone <-chan struct{}) err
 		c := u.Counters()
 		last[district.DeviceID(u.Status(time.Now()).Junction)] = c.Frames + c.EventFrames
 	}
+	began := time.Now()
 	deadline := time.After(finishWait)
 	for {
 		waiting := 0
@@ -385,7 +387,9 @@ func (l *local) settle(units []*roadside.Unit, servicesDone <-chan struct{}) err
 			}
 		}
 		unsealed := l.gateway.Unsealed()
-		if waiting == 0 && unsealed == 0 {
+		v := l.gateway.View()
+		decided := l.gateway.Undecided() == 0 || time.Since(began) > signalcontrol.Validity
+		if waiting == 0 && unsealed == 0 && decided && (len(v.Blocks) == 0 || v.Blocks[len(v.Blocks)-1].Size <= v.Sealed.Size) {
 			return nil
 		}
 		select {

@@ -1,0 +1,131 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"testing"
+)
+
+// poster is a device's own process: it posts frame after frame and keeps the
+// receipts.
+type poster struct {
+	mu       sync.Mutex
+	receipts []receipt // guarded by mu
+	lost     int       // guarded by mu; sent, and no answer came
+	stop     chan struct{}
+	done     sync.WaitGroup
+}
+
+// postAll posts for the devices, each its own line of frames, until the demo is
+// gone or end is called.
+func postAll(d *demoRun, devices ...*device) *poster {
+	p := &poster{stop: make(chan struct{})}
+	for _, v := range devices {
+		p.done.Go(func() {
+			for {
+				select {
+				case <-p.stop:
+					return
+				default:
+				}
+				// A frame without an answer is not sent again: it may be stored, and then
+				// the next one follows on it, or not, and then it is a gap.
+				r, err := d.post("/v1/frames", "application/x-protobuf", v.next())
+				p.mu.Lock()
+				if err != nil {
+					p.lost++
+				} else if r.HTTP == 200 {
+					p.receipts = append(p.receipts, r)
+				} else {
+					d.t.Errorf("frame %d of %s: got %+v, want a receipt", v.seq, v.id, r)
+				}
+				p.mu.Unlock()
+				if err != nil {
+					return
+				}
+			}
+		})
+	}
+	return p
+}
+
+// soFar returns the receipts so far.
+func (p *poster) soFar() []receipt {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.receipts[:len(p.receipts):len(p.receipts)]
+}
+
+// end stops the poster and returns its receipts.
+func (p *poster) end() []receipt {
+	close(p.stop)
+	p.done.Wait()
+	return p.receipts
+}
+
+// kill -9 at any moment, three times on one folder, while two devices post.
+// Whatever had a receipt is in the log, once; the log goes on from where it
+// was; old bundles still verify.
+func TestKill(t *testing.T) {
+	processTest(t)
+	data := filepath.Join(t.TempDir(), "district")
+	d := startDemo(t, data)
+	devices := []*device{d.enrol("h0101", "probe-1"), d.enrol("h0303", "probe-2")}
+	policy := filepath.Join(data, "policy")
+	bundle := filepath.Join(t.TempDir(), "old.zip")
+
+	var receipts []receipt
+	var before *logView
+	const kills = 3
+	for i := range kills {
+		p := postAll(d, devices...)
+		waitFor(t, "so many receipts", soon, func() bool { return len(p.soFar()) >= 20+15*i })
+		if i == 0 {
+			// A bundle of a record from before all kills. Its block is provable once
+			// another block is sealed.
+			first := p.soFar()[0]
+			index := d.sealed(first).find(first.Commitment)[0]
+			var b []byte
+			waitFor(t, "a bundle of the first record", soon, func() bool {
+				var err error
+				b, err = d.get("/v1/evidence/" + strconv.Itoa(index))
+				return err == nil
+			})
+			if err := os.WriteFile(bundle, b, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			wantExit(t, inside(t, "verify", "--policy", policy, bundle), exitOK, "PASS", "probe-")
+		}
+		before = d.log()
+		d.kill()
+		receipts = append(receipts, p.end()...)
+		wantExit(t, stopline(t, "fsck", data), exitOK, "OK: ")
+
+		d = startDemo(t, data)
+		now := d.sealed(receipts...)
+		now.check(t, before)
+		wantExit(t, inside(t, "verify", "--policy", policy, bundle), exitOK, "PASS")
+	}
+
+	// The devices go on as if nothing had been, and the street too.
+	for _, v := range devices {
+		receipts = append(receipts, d.store("/v1/frames", v.next()))
+	}
+	after := d.sealed(receipts...)
+	if after.size <= before.size {
+		t.Errorf("log of %d entries, want more than the %d of before the last kill", after.size, before.size)
+	}
+	r := d.stop()
+	if r.Frames.Quarantined != 0 || r.Commands.Applied == 0 || r.Interlock.Trips != 0 || r.LogSize != r.SealedSize || !r.Evidence.Verified {
+		t.Errorf("after %d kills the demo ends with %s", kills, lastLine(d.out.String()))
+	}
+	end := logOf(t, data)
+	end.check(t, after)
+	once(t, end, receipts)
+	wantExit(t, stopline(t, "fsck", data), exitOK, "OK: ")
+	wantExit(t, stopline(t, "verify", "--policy", policy, r.Evidence.Path), exitOK, "PASS")
+	wantExit(t, stopline(t, "verify", "--policy", policy, bundle), exitOK, "PASS")
+	t.Logf("%d receipts over %d kills, log of %d entries", len(receipts), kills, end.size)
+}
