@@ -29,7 +29,6 @@ import (
 	"strings"
 	"time"
 
-	"filippo.io/torchwood"
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -156,12 +155,12 @@ func create(dir string, o Options) error {
 			Number: n, Department: departments[n-1], VoteKey: public(vote), CosignKey: public(cosign)}); err != nil {
 			return err
 		}
-		s, err := torchwood.NewCosignatureSigner(CosignerName(origin, n), cosign)
+		c, err := ledger.NewCosigner(ledger.CosignerName(origin, n), cosign.Public().(ed25519.PublicKey))
 		if err != nil {
 			return err
 		}
 		names = append(names, departments[n-1])
-		fmt.Fprintf(&policy, "witness %s %s\n", departments[n-1], s.Verifier())
+		fmt.Fprintf(&policy, "witness %s %s\n", departments[n-1], c)
 	}
 	fmt.Fprintf(&policy, "group validators %d %s\nquorum validators\n", ledger.Quorum(o.Validators), strings.Join(names, " "))
 	registrar, err := newKey(o.Rand, keys, RegistrarKey)
@@ -213,9 +212,6 @@ func create(dir string, o Options) error {
 	// Last: a folder with a genesis document is a district.
 	return WriteFile(filepath.Join(dir, "genesis.json"), doc, 0o644)
 }
-
-// CosignerName names validator n's cosigning key in checkpoints.
-func CosignerName(origin string, n uint64) string { return fmt.Sprintf("%s/validator-%d", origin, n) }
 
 func public(k ed25519.PrivateKey) identity.PublicKey {
 	return identity.PublicKey(k.Public().(ed25519.PublicKey))
