@@ -9,7 +9,6 @@ import (
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
-	"github.com/stopline-traffic/stopline/pkg/kind"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/internal/agreed"
@@ -21,10 +20,11 @@ import (
 
 // Inbox puts a command on its way into the log.
 type Inbox interface {
-	// Send returns nil when the envelope is stored. An error of kind Invalid
-	// means that it was refused for good; any other, that it is safe and needed
-	// to send it again.
-	Send(ctx context.Context, d traffic.DistrictID, k identity.RecordKind, source string, envelope []byte) (*pb.Receipt, error)
+	// SendAsync takes an envelope and returns at once; an error means that there
+	// is no room, and that done will not be called. It goes on offering the
+	// envelope until it is stored, refused for good, or ctx ends, and then calls
+	// done. Envelopes of one source are stored in the order in which they came.
+	SendAsync(ctx context.Context, d traffic.DistrictID, k identity.RecordKind, source string, envelope []byte, done func(*pb.Receipt, error)) error
 }
 
 // Config of the service.
@@ -58,7 +58,6 @@ type Service struct {
 	cfg      Config
 	core     *Core
 	log      *slog.Logger
-	seal     chan Order
 	Counters Counters
 
 	started      time.Time    // set by Run
@@ -66,10 +65,9 @@ type Service struct {
 	stale        atomic.Bool
 }
 
-// sealQueue bounds the commands that wait for ingest: some seconds of a large
-// district. When it is full, the newest is counted as unsealed and not sent to
-// the street either: what changes a light is sealed, or it does not change it.
-const sealQueue = 4096
+// sealWait bounds how long one command is offered to ingest: past its expiry
+// nobody obeys it, but that it was given is still to be sealed.
+const sealWait = 30 * time.Second
 
 // New returns the service, ready to run.
 func New(c Config) (*Service, error) {
@@ -86,7 +84,7 @@ func New(c Config) (*Service, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Service{cfg: c, core: core, log: c.Logger, seal: make(chan Order, sealQueue)}, nil
+	return &Service{cfg: c, core: core, log: c.Logger}, nil
 }
 
 // Stale reports whether no decision has been made for [MaxDecisionAge].
@@ -96,19 +94,13 @@ func (s *Service) Stale() bool { return s.stale.Load() }
 func (s *Service) Run(ctx context.Context) error {
 	s.started = s.cfg.Now()
 	s.lastDecision.Store(s.started.UnixNano())
-	actors := []run.Actor{
-		{Name: "decide", Run: func(ctx context.Context) error { return s.cfg.State.Run(ctx, s.cfg.Follow, s.block) }},
-		{Name: "watch", Run: s.watch},
-	}
-	// Several commands wait for their receipts at once; ingest keeps no order
-	// between junctions, and within one the sequence is in the command.
-	for range sealers {
-		actors = append(actors, run.Actor{Name: "seal", Run: s.sealer})
-	}
-	return run.All(ctx, actors...)
+	return run.All(ctx,
+		run.Actor{Name: "decide", Run: func(ctx context.Context) error { return s.cfg.State.Run(ctx, s.cfg.Follow, s.block) }},
+		run.Actor{Name: "watch", Run: s.watch},
+	)
 }
 
-func (s *Service) block(_ context.Context, b *decided.Block, reg *identity.Registry) error {
+func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Registry) error {
 	s.Counters.Blocks.Add(1)
 	if !b.Header.Time.After(s.started) {
 		// An earlier run may have commanded on this block, and been killed before
@@ -142,11 +134,11 @@ func (s *Service) block(_ context.Context, b *decided.Block, reg *identity.Regis
 		s.log.Warn("no decision", "intersection", r.Junction, "frame", r.Frame.String(), "reason", r.Reason)
 	}
 	for _, o := range orders {
-		select {
-		case s.seal <- o:
-		default:
+		// What changes a light is sealed, or it does not change it: first the way
+		// into the log, then the street.
+		if err := s.seal(ctx, o); err != nil {
 			s.Counters.Unsealed.Add(1)
-			s.log.Error("command not sent: the queue to ingest is full", "intersection", o.Command.Junction, "seq", o.Command.Seq)
+			s.log.Error("command not sent: no way to seal it", "intersection", o.Command.Junction, "seq", o.Command.Seq, "err", err)
 			continue
 		}
 		if err := s.cfg.Bus.Send(topic.Command(s.cfg.District, o.Command.Junction), o.Envelope); err != nil {
@@ -159,47 +151,24 @@ func (s *Service) block(_ context.Context, b *decided.Block, reg *identity.Regis
 	return nil
 }
 
-func (s *Service) sealer(ctx context.Context) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case o := <-s.seal:
-			s.store(ctx, o)
-		}
-	}
-}
-
-// sealers is how many commands wait for their receipts at once.
-const sealers = 32
-
-// sealTries and sealPause bound how long one command is offered to ingest: past
-// its expiry nobody obeys it, but that it was given is still to be sealed.
-const (
-	sealTries = 20
-	sealPause = 250 * time.Millisecond
-)
-
-func (s *Service) store(ctx context.Context, o Order) {
-	var err error
-	for range sealTries {
-		_, err = s.cfg.Inbox.Send(ctx, s.cfg.District, identity.KindCommand, string(o.Command.Junction), o.Envelope)
+// seal gives a command to ingest. It does not wait: the log catches up with the
+// street, in the order of each junction's commands.
+func (s *Service) seal(ctx context.Context, o Order) error {
+	// Not the block's context: that ends before the receipt comes.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), sealWait)
+	err := s.cfg.Inbox.SendAsync(ctx, s.cfg.District, identity.KindCommand, string(o.Command.Junction), o.Envelope, func(_ *pb.Receipt, err error) {
+		cancel()
 		if err == nil {
 			s.Counters.Sealed.Add(1)
 			return
 		}
-		if kind.Of(err) == kind.Invalid {
-			break
-		}
-		select {
-		case <-ctx.Done():
-			s.Counters.Unsealed.Add(1)
-			return
-		case <-time.After(sealPause):
-		}
+		s.Counters.Unsealed.Add(1)
+		s.log.Error("command was sent but could not be stored for sealing", "intersection", o.Command.Junction, "seq", o.Command.Seq, "err", err)
+	})
+	if err != nil {
+		cancel()
 	}
-	s.Counters.Unsealed.Add(1)
-	s.log.Error("command was sent but could not be stored for sealing", "intersection", o.Command.Junction, "seq", o.Command.Seq, "err", err)
+	return err
 }
 
 // watchEvery is how often the age of decisions is looked at.
