@@ -25,8 +25,9 @@ import (
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
 
-// saveEvery is how often the place in the chain is written down: what a restart
-// goes through again is at most that much, and harmless.
+// saveEvery is how often the place in the chain is written down, besides at the
+// end of [State.Run]: what a restart after a crash goes through again is at most
+// that much. Handlers must bear it.
 const saveEvery = time.Second
 
 // State is a registry that follows the chain.
@@ -60,12 +61,23 @@ func Open(path string, g *identity.Genesis) (*State, error) {
 			return nil, err
 		default:
 			if reg, s.point, err = parse(b); err != nil {
-				return nil, fmt.Errorf("%s: %w; remove the file to start from genesis", path, err)
+				return nil, s.damaged(err)
+			}
+			if reg.District() != g.District {
+				return nil, s.damaged(fmt.Errorf("registry: of district %q, this is %q", reg.District(), g.District))
 			}
 		}
 	}
 	s.publish(reg)
 	return s, nil
+}
+
+// damaged names the file, where there is one, and what to do about it.
+func (s *State) damaged(err error) error {
+	if s.path == "" {
+		return err
+	}
+	return fmt.Errorf("%s: %w; remove the file to start from genesis", s.path, err)
 }
 
 func parse(b []byte) (*identity.Registry, *decided.Point, error) {
@@ -112,17 +124,34 @@ func (s *State) Run(ctx context.Context, c decided.Config, f Handler) error {
 	c.Resume = s.point
 	tree := &ledger.Frontier{}
 	if s.point != nil {
+		// Without this check nothing would ever fit, and the follower wait for ever.
+		if got := s.point.Header.Genesis; got != c.GenesisHash {
+			return s.damaged(fmt.Errorf("header: of a chain with genesis %x, this district's is %x", got[:8], c.GenesisHash[:8]))
+		}
 		tree = s.point.Tree.Clone()
 	}
 	log := c.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
+	dirty := false
+	save := func() {
+		// Not fatal: without it only the next start takes longer.
+		if err := s.save(); err != nil {
+			log.Error("place in the chain not saved", "path", s.path, "err", err)
+		}
+		s.saved, dirty = time.Now(), false
+	}
+	defer func() {
+		if dirty { // a clean end leaves nothing to go through again
+			save()
+		}
+	}()
 	return decided.Follow(ctx, c, func(ctx context.Context, b *decided.Block) error {
 		reg := s.Registry()
 		if got := reg.Hash(); b.Header.Registry != ledger.Hash(got) {
-			return fmt.Errorf("block %d: the registry here has hash %x, the quorum's %x: the state is damaged or this software is too old",
-				b.Header.Height, got[:8], b.Header.Registry[:8])
+			return s.damaged(fmt.Errorf("block %d: the registry here has hash %x, the quorum's %x: the state is damaged or this software is too old",
+				b.Header.Height, got[:8], b.Header.Registry[:8]))
 		}
 		if err := f(ctx, b, reg); err != nil {
 			return err
@@ -132,12 +161,8 @@ func (s *State) Run(ctx context.Context, c decided.Config, f Handler) error {
 		}
 		tree.Append(b.Leaves)
 		s.point = &decided.Point{Header: b.Header, Tree: tree.Clone()}
-		if s.path != "" && time.Since(s.saved) >= saveEvery {
-			s.saved = time.Now()
-			// Not fatal: without it only the next start takes longer.
-			if err := s.save(); err != nil {
-				log.Error("place in the chain not saved", "err", err)
-			}
+		if dirty = s.path != ""; dirty && time.Since(s.saved) >= saveEvery {
+			save()
 		}
 		return nil
 	})
