@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"reflect"
 	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/hyperledger-labs/SmartBFT/pkg/api"
 	bft "github.com/hyperledger-labs/SmartBFT/pkg/consensus"
@@ -41,6 +43,13 @@ type smart struct {
 	tickers []*time.Ticker
 	started atomic.Bool
 	replay  atomic.Pointer[[][]byte]
+
+	// deliverChan is the engine's own; see rescue. delivered counts what it may
+	// be about to send on it.
+	deliverChan chan struct{}
+	delivered   atomic.Uint64
+	stopRescue  chan struct{}
+	rescuing    sync.WaitGroup
 
 	// last message that was encoded: a broadcast comes as one call a peer.
 	outMu sync.Mutex
@@ -115,8 +124,57 @@ func (s *smart) start(last decision) error {
 	if err := <-done; err != nil {
 		return err
 	}
+	if s.deliverChan, err = deliverChanOf(s.c); err != nil {
+		return err
+	}
+	s.stopRescue = make(chan struct{})
+	s.rescuing.Go(s.rescue)
 	s.started.Store(true)
 	return s.repropose(entries)
+}
+
+// deliverChanOf reaches into the engine, for [smart.rescue]. It is checked at
+// every start that the field is what v1.0.1 has.
+func deliverChanOf(c *bft.Consensus) (chan struct{}, error) {
+	controller := reflect.ValueOf(c).Elem().FieldByName("controller")
+	if controller.Kind() != reflect.Pointer || controller.IsNil() {
+		return nil, errors.New("engine: no controller: is this SmartBFT v1.0.1?")
+	}
+	f := controller.Elem().FieldByName("deliverChan")
+	if !f.IsValid() || f.Type() != reflect.TypeFor[chan struct{}]() {
+		return nil, errors.New("engine: no deliverChan: is this SmartBFT v1.0.1?")
+	}
+	return *(*chan struct{})(unsafe.Pointer(f.UnsafeAddr())), nil
+}
+
+// rescueAfter is how long the engine may wait for a view that is gone.
+const rescueAfter = 250 * time.Millisecond
+
+// rescue frees the engine from waiting for ever. When a view is given up while
+// its last decision is on the way, the view no longer waits for the delivery,
+// and v1.0.1's controller, which then delivers, waits for the view: the
+// validator would take part in nothing until it is restarted. A delivery that
+// was over a while ago and still waits has nobody to wait for.
+func (s *smart) rescue() {
+	tick := time.NewTicker(rescueAfter)
+	defer tick.Stop()
+	seen := s.delivered.Load()
+	for {
+		select {
+		case <-s.stopRescue:
+			return
+		case <-tick.C:
+		}
+		if n := s.delivered.Load(); n != seen {
+			seen = n
+			continue
+		}
+		select {
+		case <-s.deliverChan:
+			s.log.Info("engine freed from waiting for a view that is gone")
+		default:
+		}
+	}
 }
 
 // repropose sends a proposal that was made before a restart to the others: the
@@ -199,6 +257,8 @@ func relevantEntries(entries [][]byte, decided uint64) (keep, restore [][]byte, 
 func (s *smart) stop() {
 	if s.c != nil && s.started.Swap(false) {
 		s.c.Stop()
+		close(s.stopRescue) // not before: what stops may have to be freed
+		s.rescuing.Wait()
 	}
 	for _, t := range s.tickers {
 		t.Stop()
@@ -546,6 +606,7 @@ func (s *smart) Deliver(p types.Proposal, sigs []types.Signature) types.Reconfig
 		votes[i] = ledger.Vote{Validator: sig.ID, Signature: sig.Value}
 	}
 	s.host.decide(ours(p), votes)
+	s.delivered.Add(1)
 	// The engine counts each request's age from when it came, and complains of a
 	// leader that is only busy. Here it counts from the last decision; but not
 	// while views change, when the timers must rest.
@@ -559,6 +620,7 @@ func (s *smart) Deliver(p types.Proposal, sigs []types.Signature) types.Reconfig
 func (s *smart) Sync() types.SyncResponse {
 	p, sigs := toSmart(s.host.catchUp())
 	s.forget()
+	s.delivered.Add(1)
 	return types.SyncResponse{Latest: types.Decision{Proposal: p, Signatures: sigs}}
 }
 
@@ -610,7 +672,6 @@ type viewGauges struct {
 	// current is the view being changed to, or the one it is in; real is the last
 	// that was entered. Both are set by the view changer.
 	current, real atomic.Uint64
-	changes       atomic.Uint64
 }
 
 // NewGauge implements the engine's metrics.Provider.

@@ -287,6 +287,27 @@ func TestANewViewIsCheckedWhole(t *testing.T) {
 	}
 }
 
+// An engine that delivers to a view that is gone is not left waiting.
+func TestADeliveryToNobodyIsFreed(t *testing.T) {
+	c := newCluster(t, 4)
+	c.start(c.all()...)
+	e := c.nodes[0].v.engine.(*smart)
+	freed := make(chan struct{})
+	go func() {
+		e.deliverChan <- struct{}{} // as its controller does
+		close(freed)
+	}()
+	select {
+	case <-freed:
+	case <-time.After(20 * time.Second):
+		t.Fatal("still waiting after 20 s")
+	}
+	u := newUnit(1)
+	b := batch(u.frame(time.Now()))
+	c.submit(b)
+	c.decided(b, c.all()...)
+}
+
 // Queues are bounded: what does not fit is dropped and counted.
 func TestQueuesAreBounded(t *testing.T) {
 	var count counters

@@ -45,6 +45,13 @@ func newViewEntry(t testing.TB, view, seq uint64) []byte {
 	return mustMarshal(t, &protos.SavedMessage{Content: &protos.SavedMessage_NewView{NewView: &protos.ViewMetadata{ViewId: view, LatestSequence: seq}}})
 }
 
+func closeJournal(t testing.TB, j *journal) {
+	t.Helper()
+	if err := j.close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // saveEntry saves as the engine does.
 func saveEntry(t testing.TB, j *journal, entry []byte, truncate bool) error {
 	t.Helper()
@@ -72,7 +79,7 @@ func TestAVoteIsGivenOnce(t *testing.T) {
 		}
 	}
 	open()
-	defer func() { j.close() }()
+	t.Cleanup(func() { closeJournal(t, j) })
 	a, b := ledger.Hash{1}, ledger.Hash{2}
 	must := func(err error) {
 		t.Helper()
@@ -155,7 +162,7 @@ func TestAVoteThatIsNotDurableIsNotPermitted(t *testing.T) {
 	if err := j.permit(vote{slot{0, 1, phasePrepare}, ledger.Hash{1}}); err == nil {
 		t.Error("permitted after the engine's entry with it could not be synced")
 	}
-	_ = j.close()
+	_ = j.close() // says again that the disk is gone, or nothing
 }
 
 func TestStartsAreCounted(t *testing.T) {
@@ -188,7 +195,7 @@ func TestStartsAreCounted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer j.close()
+	defer closeJournal(t, j)
 	if s, ok := j.peer(2); !ok || s.Counter != 3 {
 		t.Errorf("peer's start: got %v %v, want the third", s, ok)
 	}
