@@ -4,17 +4,23 @@
 //
 // What is on disk is a convenience: a quorum's header says after each block
 // what the registry's hash must be, and a file that does not fit is an error
-// that names it.
+// that names it. The registry has a file of its own beside, named by its
+// SHA-256 and written only when it has changed: a large district's is some tens
+// of megabytes.
 package agreed
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -36,14 +42,24 @@ type State struct {
 	point    *decided.Point // owned by Run
 	saved    time.Time      // owned by Run
 	registry atomic.Pointer[identity.Registry]
+
+	// stored is the registry that is on disk, storedSum its snapshot's SHA-256;
+	// owned by Run.
+	stored    *identity.Registry
+	storedSum [sha256.Size]byte
 }
 
 // file is the stored form.
 type file struct {
-	Header   []byte          `json:"header"`
-	Tree     []byte          `json:"tree"`
-	Registry json.RawMessage `json:"registry"`
+	Header []byte `json:"header"`
+	Tree   []byte `json:"tree"`
+	// Registry is the SHA-256 of the registry's snapshot, which is in the file
+	// that [State.snapshotPath] names.
+	Registry []byte `json:"registry"`
 }
+
+// snapshotPath names the file of a registry's snapshot.
+func (s *State) snapshotPath(sum []byte) string { return fmt.Sprintf("%s-%x", s.path, sum[:8]) }
 
 // Open returns the state that the file at path holds, or genesis where there is
 // none. With an empty path nothing is ever stored.
@@ -60,7 +76,7 @@ func Open(path string, g *identity.Genesis) (*State, error) {
 		case err != nil:
 			return nil, err
 		default:
-			if reg, s.point, err = parse(b); err != nil {
+			if reg, err = s.load(b); err != nil {
 				return nil, s.damaged(err)
 			}
 			if reg.District() != g.District {
@@ -80,27 +96,40 @@ func (s *State) damaged(err error) error {
 	return fmt.Errorf("%s: %w; remove the file to start from genesis", s.path, err)
 }
 
-func parse(b []byte) (*identity.Registry, *decided.Point, error) {
+// load takes over what was stored.
+func (s *State) load(b []byte) (*identity.Registry, error) {
 	var f file
 	if err := json.Unmarshal(b, &f); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	h, err := ledger.ParseHeader(f.Header)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	t, err := ledger.ParseFrontier(f.Tree)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if t.Size() != h.Size || t.Root() != h.Root {
-		return nil, nil, errors.New("tree and header do not fit each other")
+		return nil, errors.New("tree and header do not fit each other")
 	}
-	reg, err := identity.ParseSnapshot(f.Registry)
+	if len(f.Registry) != sha256.Size {
+		return nil, fmt.Errorf("registry: %d bytes, must be a SHA-256", len(f.Registry))
+	}
+	snapshot, err := os.ReadFile(s.snapshotPath(f.Registry))
 	if err != nil {
-		return nil, nil, err
+		return nil, fmt.Errorf("registry: %w", err)
 	}
-	return reg, &decided.Point{Header: h, Tree: t}, nil
+	sum := sha256.Sum256(snapshot)
+	if !bytes.Equal(sum[:], f.Registry) {
+		return nil, fmt.Errorf("registry: %s: is not what was stored", s.snapshotPath(f.Registry))
+	}
+	reg, err := identity.ParseSnapshot(snapshot)
+	if err != nil {
+		return nil, err
+	}
+	s.point, s.stored, s.storedSum = &decided.Point{Header: h, Tree: t}, reg, sum
+	return reg, nil
 }
 
 // publish makes reg the one that readers see. It is never changed again; its
@@ -197,10 +226,47 @@ func (s *State) apply(b *decided.Block, reg *identity.Registry) error {
 	return nil
 }
 
+// save writes the registry, if it has changed, then the place that names it, and
+// only then removes the registries of before: after a crash in between, the file
+// that the place names is there.
 func (s *State) save() error {
-	b, err := json.Marshal(file{Header: s.point.Header.Marshal(), Tree: s.point.Tree.Marshal(), Registry: s.Registry().Snapshot()})
+	reg := s.Registry()
+	changed := s.stored != reg
+	if changed {
+		snapshot := reg.Snapshot()
+		sum := sha256.Sum256(snapshot)
+		if err := district.WriteFile(s.snapshotPath(sum[:]), snapshot, 0o644); err != nil {
+			return err
+		}
+		s.stored, s.storedSum = reg, sum
+	}
+	b, err := json.Marshal(file{Header: s.point.Header.Marshal(), Tree: s.point.Tree.Marshal(), Registry: s.storedSum[:]})
 	if err != nil {
 		return err
 	}
-	return district.WriteFile(s.path, b, 0o644)
+	if err := district.WriteFile(s.path, b, 0o644); err != nil {
+		return err
+	}
+	if changed {
+		return s.dropSnapshots()
+	}
+	return nil
+}
+
+// dropSnapshots removes registries that the place does not name.
+func (s *State) dropSnapshots() error {
+	dir, name := filepath.Split(s.path)
+	entries, err := os.ReadDir(filepath.Clean(dir))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	keep := filepath.Base(s.snapshotPath(s.storedSum[:]))
+	for _, e := range entries {
+		hex, ours := strings.CutPrefix(e.Name(), name+"-")
+		if ours && len(hex) == 16 && strings.Trim(hex, "0123456789abcdef") == "" && e.Name() != keep {
+			errs = append(errs, os.Remove(filepath.Join(dir, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
 }

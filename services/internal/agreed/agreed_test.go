@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -206,6 +208,61 @@ func TestResume(t *testing.T) {
 	}
 }
 
+// TestRegistryFile: the registry is written when it has changed, and the file of
+// the one before goes only when nothing names it any more.
+func TestRegistryFile(t *testing.T) {
+	w := newWorld(t)
+	w.Decide([]ledgertest.Record{w.frame(1)})
+	w.Decide([]ledgertest.Record{w.frame(2)})
+	w.Decide([]ledgertest.Record{w.file(1, "one", `{}`)})
+	w.publish(0)
+	dir := t.TempDir()
+	for _, name := range []string{"place", "place-none", "place2-0123456789abcdef"} { // somebody else's
+		if name != "place" {
+			if err := os.WriteFile(filepath.Join(dir, name), nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	ours := func() (names []string) {
+		t.Helper()
+		all, err := filepath.Glob(filepath.Join(dir, "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range all {
+			if n := filepath.Base(f); n != "place" {
+				names = append(names, n)
+			}
+		}
+		return names
+	}
+	path := filepath.Join(dir, "place")
+	w.run(w.open(path), 1)
+	first := ours()
+	if len(first) != 3 {
+		t.Fatalf("got files %q, want a registry besides two of somebody else", first)
+	}
+	was, err := os.Stat(filepath.Join(dir, first[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.run(w.open(path), 2)
+	if got := ours(); !slices.Equal(got, first) {
+		t.Errorf("after a block without changes: got files %q, want %q", got, first)
+	}
+	if is, err := os.Stat(filepath.Join(dir, first[0])); err != nil || !os.SameFile(was, is) {
+		t.Errorf("a registry that has not changed was written again (%v)", err)
+	}
+	w.run(w.open(path), 3)
+	if got := ours(); len(got) != 3 || got[0] == first[0] {
+		t.Errorf("after a change: got files %q, want another registry than %q, and only that", got, first[0])
+	}
+	if !has(w.open(path).Registry(), "one") {
+		t.Error("after a change and a restart: the change is missing")
+	}
+}
+
 // TestRunAgain: one State may be run again, and goes on behind what is done.
 func TestRunAgain(t *testing.T) {
 	w := newWorld(t)
@@ -308,6 +365,14 @@ func TestDamagedFile(t *testing.T) {
 		}
 		return b
 	}
+	// put stores a snapshot beside, as save does.
+	put := func(snapshot []byte) []byte {
+		sum := sha256.Sum256(snapshot)
+		if err := os.WriteFile(fmt.Sprintf("%s-%x", path, sum[:8]), snapshot, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return sum[:]
+	}
 	other := ledgertest.New("agreed", 4)
 	other.Genesis.District = "elsewhere"
 	elsewhere, err := identity.NewRegistry(&other.Genesis)
@@ -332,8 +397,10 @@ func TestDamagedFile(t *testing.T) {
 			f.Tree = tree.Marshal()
 		})},
 		{"no registry", "registry", change(func(f *file) { f.Registry = nil })},
-		{"registry of nothing", "registry", change(func(f *file) { f.Registry = []byte("{}") })},
-		{"other district", `registry: of district "elsewhere"`, change(func(f *file) { f.Registry = elsewhere.Snapshot() })},
+		{"registry that is not there", "registry: open ", change(func(f *file) { f.Registry[0] ^= 1 })},
+		{"registry that is another", "is not what was stored", change(func(f *file) { f.Registry[31] ^= 1 })},
+		{"registry of nothing", "registry snapshot", change(func(f *file) { f.Registry = put([]byte("{}")) })},
+		{"other district", `registry: of district "elsewhere"`, change(func(f *file) { f.Registry = put(elsewhere.Snapshot()) })},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if err := os.WriteFile(path, tc.file, 0o644); err != nil {
@@ -352,7 +419,7 @@ func TestDamagedFile(t *testing.T) {
 	w.Decide()
 	w.publish(2)
 	t.Run("registry of before", func(t *testing.T) {
-		if err := os.WriteFile(path, change(func(f *file) { f.Registry = genesis.Snapshot() }), 0o644); err != nil {
+		if err := os.WriteFile(path, change(func(f *file) { f.Registry = put(genesis.Snapshot()) }), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		err := w.open(path).Run(t.Context(), w.config(), func(context.Context, *decided.Block, *identity.Registry) error {
