@@ -106,7 +106,8 @@ func (c *Core) Decide(now time.Time, height ledger.Height, frames []*traffic.Fra
 
 // Commands returns the commands that follow from the accepted frames of the block
 // at height, in the order of the frames. Of several periodic frames of one
-// junction the newest counts; frames sent at events do not ask for a decision.
+// junction the newest counts, at equal times the later in the block; frames sent
+// at events do not ask for a decision.
 // junction returns the definition in force.
 func (c *Core) Commands(now time.Time, height ledger.Height, frames []*traffic.Frame,
 	junction func(traffic.JunctionID) (*traffic.Junction, bool)) ([]traffic.Command, []Refusal) {
@@ -115,7 +116,7 @@ func (c *Core) Commands(now time.Time, height ledger.Height, frames []*traffic.F
 		if f.Interval <= 0 {
 			continue
 		}
-		if n := newest[f.Junction]; n == nil || f.Time.After(n.Time) {
+		if n := newest[f.Junction]; n == nil || !f.Time.Before(n.Time) {
 			newest[f.Junction] = f
 		}
 	}

@@ -46,9 +46,10 @@ type Config struct {
 // Counters of the service.
 type Counters struct {
 	Blocks   atomic.Uint64
-	Sent     atomic.Uint64 // commands given to the bus
-	Sealed   atomic.Uint64 // of which ingest has stored
-	Unsealed atomic.Uint64 // of which ingest refused, or never answered
+	Earlier  atomic.Uint64 // blocks of before the start, on which nothing is decided
+	Sent     atomic.Uint64 // commands given to the street
+	Sealed   atomic.Uint64 // commands that ingest has stored
+	Unsealed atomic.Uint64 // commands that ingest refused, never answered or had no room for
 	Stale    atomic.Uint64 // frames too old to decide on
 	Refused  atomic.Uint64 // frames that no decision could be made on
 }
@@ -61,7 +62,7 @@ type Service struct {
 	Counters Counters
 
 	started      time.Time    // set by Run
-	lastDecision atomic.Int64 // Unix nanoseconds of the newest frame decided on
+	lastDecision atomic.Int64 // Unix nanoseconds of when the newest command was sent
 	stale        atomic.Bool
 }
 
@@ -106,6 +107,7 @@ func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Reg
 		// An earlier run may have commanded on this block, and been killed before
 		// it wrote down how far it was. A second command under the same number
 		// would be obeyed and, as an equivocation, never be sealed.
+		s.Counters.Earlier.Add(1)
 		return nil
 	}
 	now := s.cfg.Now()
