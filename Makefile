@@ -36,7 +36,7 @@ bench: build ## run the benchmarks; figures of one run are comparable with each 
 fuzz: ## fuzz every parser of outside bytes, 20 s each
 	@for m in pkg services; do for p in $$(cd $$m && go list ./...); do \
 	  for f in $$(cd $$m && go test -list '^Fuzz' $$p 2>/dev/null | grep '^Fuzz'); do \
-	    echo "== $$p $$f"; (cd $$m && go test -run '^$$' -fuzz "^$$f$$" -fuzztime 20s $$p) || exit 1; done; done; done
+	    echo "== $$p $$f"; (cd $$m && go test -run '^$$' -fuzz "^$$f$$" -fuzztime 20s -fuzzminimizetime 10x $$p) || exit 1; done; done; done
 
 clean: ## remove what was built
 	rm -rf bin
