@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	neturl "net/url"
 	"os"
 	"strings"
 	"time"
@@ -88,6 +89,9 @@ there) and stores its seed in FILE as 64 hex digits.
 			e := identity.Sign(registrar, identity.KindRegistry, identity.JSON, payload)
 			ctx, cancel := context.WithTimeout(ctx, *wait)
 			defer cancel()
+			if err := enrollable(ctx, *url, *junction, *device, *revoke); err != nil {
+				return err
+			}
 			if err := post(ctx, *url+"/v1/records", e.Marshal()); err != nil {
 				return err
 			}
@@ -95,7 +99,7 @@ there) and stores its seed in FILE as 64 hex digits.
 			if *revoke {
 				want = identity.Revoked
 			}
-			if err := inForce(ctx, *url, *device, want); err != nil {
+			if err := inForce(ctx, *url, *device, want, pub); err != nil {
 				return err
 			}
 			out := map[string]any{"device": *device, "district": d.Genesis.District, "status": want}
@@ -176,23 +180,67 @@ func post(ctx context.Context, url string, envelope []byte) error {
 	return nil
 }
 
-func inForce(ctx context.Context, url, device string, want identity.Status) error {
+// entry reads an entry of the registry in force; ok is false where there is none.
+func entry(ctx context.Context, url string, t identity.EntryType, id string) (e identity.Entry, ok bool, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/v1/registry/"+string(t)+"/"+neturl.PathEscape(id), nil)
+	if err != nil {
+		return e, false, err
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return e, false, fmt.Errorf("is the demo running? %w", err)
+	}
+	defer res.Body.Close()
+	switch res.StatusCode {
+	case http.StatusOK:
+		err = json.NewDecoder(io.LimitReader(res.Body, 16<<20)).Decode(&e)
+		return e, err == nil, err
+	case http.StatusNotFound:
+		return e, false, nil
+	}
+	return e, false, fmt.Errorf("%s answered %s", req.URL, res.Status)
+}
+
+// enrollable says early, and in words, why the registry would refuse: what it
+// refuses after the record was stored has no answer to its sender.
+func enrollable(ctx context.Context, url, junction, device string, revoke bool) error {
+	e, known, err := entry(ctx, url, identity.TypeDevice, device)
+	switch {
+	case err != nil:
+		return err
+	case revoke && !known:
+		return fmt.Errorf("device %s is not in the registry", device)
+	case revoke && e.Status != identity.Active:
+		return fmt.Errorf("device %s is %s already", device, e.Status)
+	case revoke:
+		return nil
+	case known:
+		return fmt.Errorf("device %s is in the registry already and %s; an id is never used again", device, e.Status)
+	}
+	if _, known, err = entry(ctx, url, identity.TypeJunction, junction); err == nil && !known {
+		err = fmt.Errorf("junction %s is not in the registry", junction)
+	}
+	return err
+}
+
+// inForce waits until the registry has the device, with the status and, where
+// given, the key.
+func inForce(ctx context.Context, url, device string, want identity.Status, key ed25519.PublicKey) error {
 	for {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+"/v1/registry/device/"+device, nil)
-		if err != nil {
-			return err
-		}
-		if res, err := http.DefaultClient.Do(req); err == nil {
-			var e identity.Entry
-			err = json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&e)
-			_ = res.Body.Close() // read to its end or given up
-			if err == nil && res.StatusCode == http.StatusOK && e.Status == want {
+		e, ok, err := entry(ctx, url, identity.TypeDevice, device)
+		if ok && e.Status == want {
+			var d identity.Device
+			if key == nil || json.Unmarshal(e.Body, &d) == nil && bytes.Equal(d.Key, key) {
 				return nil
 			}
+			return fmt.Errorf("device %s was enrolled by somebody else meanwhile", device)
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("the record was stored, but device %s is not %s in the registry yet; it may have been refused: see the quarantine counts, and whether the id was used before", device, want)
+			if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+				return err
+			}
+			return fmt.Errorf("the record was stored, but device %s is not %s in the registry: it was refused, as for a key that another entry has, or it takes longer than --wait", device, want)
 		case <-time.After(100 * time.Millisecond):
 		}
 	}

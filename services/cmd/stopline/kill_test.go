@@ -1,11 +1,17 @@
 package main
 
 import (
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
 	"testing"
+
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/validate"
+	"github.com/stopline-traffic/stopline/services/internal/seglog"
 )
 
 // poster is a device's own process: it posts frame after frame and keeps the
@@ -13,7 +19,8 @@ import (
 type poster struct {
 	mu       sync.Mutex
 	receipts []receipt // guarded by mu
-	lost     int       // guarded by mu; sent, and no answer came
+	sent     [][]byte  // guarded by mu; envelopes that have a receipt
+	lost     [][]byte  // guarded by mu; no answer came
 	stop     chan struct{}
 	done     sync.WaitGroup
 }
@@ -30,14 +37,13 @@ func postAll(d *demoRun, devices ...*device) *poster {
 					return
 				default:
 				}
-				// A frame without an answer is not sent again: it may be stored, and then
-				// the next one follows on it, or not, and then it is a gap.
-				r, err := d.post("/v1/frames", "application/x-protobuf", v.next())
+				e := v.next()
+				r, err := d.post("/v1/frames", identity.Protobuf, e)
 				p.mu.Lock()
 				if err != nil {
-					p.lost++
-				} else if r.HTTP == 200 {
-					p.receipts = append(p.receipts, r)
+					p.lost = append(p.lost, e)
+				} else if r.HTTP == http.StatusOK {
+					p.receipts, p.sent = append(p.receipts, r), append(p.sent, e)
 				} else {
 					d.t.Errorf("frame %d of %s: got %+v, want a receipt", v.seq, v.id, r)
 				}
@@ -58,11 +64,28 @@ func (p *poster) soFar() []receipt {
 	return p.receipts[:len(p.receipts):len(p.receipts)]
 }
 
-// end stops the poster and returns its receipts.
-func (p *poster) end() []receipt {
+// end stops the poster.
+func (p *poster) end() {
 	close(p.stop)
 	p.done.Wait()
-	return p.receipts
+}
+
+// payloads counts the envelopes in the payload store of a folder.
+func payloads(t *testing.T, data string) map[string]int {
+	t.Helper()
+	n := map[string]int{}
+	err := seglog.Check(filepath.Join(data, "payload", "record"), func(i uint64, rec []byte) error {
+		p, err := ledger.ParsePayload(rec)
+		if err != nil {
+			return err
+		}
+		n[string(p.Envelope)]++
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // kill -9 at any moment, three times on one folder, while two devices post.
@@ -77,6 +100,8 @@ func TestKill(t *testing.T) {
 	bundle := filepath.Join(t.TempDir(), "old.zip")
 
 	var receipts []receipt
+	var sent [][]byte
+	lost := 0
 	var before *logView
 	const kills = 3
 	for i := range kills {
@@ -100,10 +125,18 @@ func TestKill(t *testing.T) {
 		}
 		before = d.log()
 		d.kill()
-		receipts = append(receipts, p.end()...)
+		p.end()
+		receipts, sent = append(receipts, p.receipts...), append(sent, p.sent...)
 		wantExit(t, stopline(t, "fsck", data), exitOK, "OK: ")
 
 		d = startDemo(t, data)
+		// What had no answer is sent again, the same bytes. If it had been stored
+		// before the kill it is a duplicate, and the receipt of now stands for it.
+		for _, e := range p.lost {
+			d.store("/v1/frames", e)
+			sent = append(sent, e)
+			lost++
+		}
 		now := d.sealed(receipts...)
 		now.check(t, before)
 		wantExit(t, inside(t, "verify", "--policy", policy, bundle), exitOK, "PASS")
@@ -111,14 +144,15 @@ func TestKill(t *testing.T) {
 
 	// The devices go on as if nothing had been, and the street too.
 	for _, v := range devices {
-		receipts = append(receipts, d.store("/v1/frames", v.next()))
+		e := v.next()
+		receipts, sent = append(receipts, d.store("/v1/frames", e)), append(sent, e)
 	}
 	after := d.sealed(receipts...)
 	if after.size <= before.size {
 		t.Errorf("log of %d entries, want more than the %d of before the last kill", after.size, before.size)
 	}
 	r := d.stop()
-	if r.Frames.Quarantined != 0 || r.Commands.Applied == 0 || r.Interlock.Trips != 0 || r.LogSize != r.SealedSize || !r.Evidence.Verified {
+	if r.Frames.Quarantined != r.Frames.ByRule[validate.RuleDuplicate] || r.Commands.Applied == 0 || r.Interlock.Trips != 0 || r.LogSize != r.SealedSize || !r.Evidence.Verified {
 		t.Errorf("after %d kills the demo ends with %s", kills, lastLine(d.out.String()))
 	}
 	end := logOf(t, data)
@@ -127,5 +161,11 @@ func TestKill(t *testing.T) {
 	wantExit(t, stopline(t, "fsck", data), exitOK, "OK: ")
 	wantExit(t, stopline(t, "verify", "--policy", policy, r.Evidence.Path), exitOK, "PASS")
 	wantExit(t, stopline(t, "verify", "--policy", policy, bundle), exitOK, "PASS")
-	t.Logf("%d receipts over %d kills, log of %d entries", len(receipts), kills, end.size)
+	have := payloads(t, data)
+	for i, e := range sent {
+		if have[string(e)] != 1 {
+			t.Errorf("frame %d of %d is in the payload store %d times, want once", i, len(sent), have[string(e)])
+		}
+	}
+	t.Logf("%d receipts and %d frames without an answer over %d kills, log of %d entries", len(receipts), lost, kills, end.size)
 }
