@@ -209,7 +209,7 @@ func (c command) page(w io.Writer, fs *flag.FlagSet) {
 		kind, usage := flag.UnquoteUsage(f)
 		fmt.Fprintf(w, "    --%s", f.Name)
 		if kind != "" {
-			fmt.Fprintf(w, " %s", kind)
+			fmt.Fprintf(w, " %s", strings.ToUpper(kind)) // "duration" where the text names none
 		}
 		fmt.Fprintln(w)
 		for line := range strings.Lines(usage) {
