@@ -9,6 +9,7 @@ package wire
 import (
 	"fmt"
 	"math"
+	"sync"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -58,23 +59,44 @@ func unknown(m protoreflect.Message) error {
 	if u := m.GetUnknown(); len(u) > 0 {
 		return fmt.Errorf("%d bytes of unknown fields", len(u))
 	}
-	var err error
-	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
-		if f.Kind() != protoreflect.MessageKind {
-			return true
+	for _, f := range nested(m.Descriptor()) {
+		if !m.Has(f) {
+			continue
 		}
-		if f.IsList() {
-			for i := 0; i < v.List().Len() && err == nil; i++ {
-				if e := unknown(v.List().Get(i).Message()); e != nil {
-					err = fmt.Errorf("%s[%d]: %w", f.Name(), i, e)
-				}
+		if !f.IsList() {
+			if err := unknown(m.Get(f).Message()); err != nil {
+				return fmt.Errorf("%s: %w", f.Name(), err)
 			}
-		} else if e := unknown(v.Message()); e != nil {
-			err = fmt.Errorf("%s: %w", f.Name(), e)
+			continue
 		}
-		return err == nil
-	})
-	return err
+		l := m.Get(f).List()
+		for i := range l.Len() {
+			if err := unknown(l.Get(i).Message()); err != nil {
+				return fmt.Errorf("%s[%d]: %w", f.Name(), i, err)
+			}
+		}
+	}
+	return nil
+}
+
+// nestedFields holds what [nested] has found out: every field of every frame
+// would be looked at otherwise.
+var nestedFields sync.Map // of protoreflect.FullName to []protoreflect.FieldDescriptor
+
+// nested returns the fields that hold messages. The schema has no maps, as their
+// encoding is not the same every time.
+func nested(d protoreflect.MessageDescriptor) []protoreflect.FieldDescriptor {
+	if v, ok := nestedFields.Load(d.FullName()); ok {
+		return v.([]protoreflect.FieldDescriptor)
+	}
+	var out []protoreflect.FieldDescriptor
+	for i := range d.Fields().Len() {
+		if f := d.Fields().Get(i); f.Message() != nil {
+			out = append(out, f)
+		}
+	}
+	nestedFields.Store(d.FullName(), out)
+	return out
 }
 
 // FrameToProto returns the wire form of a frame.
@@ -134,6 +156,16 @@ func outOf(field string, v any, limit any) error {
 
 // DecodeFrame decodes a frame's payload. Errors name the field and the rule.
 func DecodeFrame(contentType string, payload []byte) (*traffic.Frame, error) {
+	if contentType == identity.Protobuf {
+		if f, ok := fastFrame(payload); ok {
+			return f, nil
+		}
+	}
+	return slowFrame(contentType, payload)
+}
+
+// slowFrame decodes any frame, and says what is wrong with it.
+func slowFrame(contentType string, payload []byte) (*traffic.Frame, error) {
 	var m pb.Frame
 	if err := Decode(contentType, payload, &m); err != nil {
 		return nil, err

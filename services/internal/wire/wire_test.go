@@ -10,6 +10,8 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -93,6 +95,82 @@ func TestDecodeRefusesWhatItDoesNotKnow(t *testing.T) {
 				t.Errorf("got kind %v, want invalid", kind.Of(err))
 			}
 		})
+	}
+}
+
+// TestDecodeLooksEverywhere puts an unknown field into each message that any
+// message of the schema holds, one at a time.
+func TestDecodeLooksEverywhere(t *testing.T) {
+	alien := protoreflect.RawFields{0xf8, 0x07, 0x01}
+	ms := pb.File_stopline_v1_stopline_proto.Messages()
+	if ms.Len() < 20 {
+		t.Fatalf("got %d messages in the schema", ms.Len())
+	}
+	holders := 0
+	for i := range ms.Len() {
+		typ, err := protoregistry.GlobalTypes.FindMessageByName(ms.Get(i).FullName())
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func(m protoreflect.Message, want string) {
+			t.Helper()
+			b, err := proto.Marshal(m.Interface())
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = wire.Decode(identity.Protobuf, b, typ.New().Interface())
+			switch {
+			case want == "" && err != nil:
+				t.Errorf("%s: got %v, want no error", typ.Descriptor().Name(), err)
+			case want != "" && (err == nil || !strings.Contains(err.Error(), want+"3 bytes of unknown fields")):
+				t.Errorf("%s: got %v, want an error about unknown fields in %q", typ.Descriptor().Name(), err, want)
+			}
+		}
+		m := typ.New()
+		m.SetUnknown(alien)
+		check(m, string(typ.Descriptor().Name())+": ")
+		fs := typ.Descriptor().Fields()
+		for k := range fs.Len() {
+			f := fs.Get(k)
+			if f.IsMap() {
+				t.Fatalf("%s is a map, into which nobody looks", f.FullName())
+			}
+			if f.Message() == nil {
+				continue
+			}
+			holders++
+			m := typ.New()
+			where := string(f.Name()) + ": "
+			var inner protoreflect.Message
+			if f.IsList() {
+				m.Mutable(f).List().AppendMutable()
+				inner, where = m.Mutable(f).List().AppendMutable().Message(), string(f.Name())+"[1]: "
+			} else {
+				inner = m.Mutable(f).Message()
+			}
+			check(m, "")
+			inner.SetUnknown(alien)
+			check(m, where)
+		}
+	}
+	if holders < 8 {
+		t.Errorf("got %d fields that hold messages", holders)
+	}
+}
+
+// BenchmarkDecodeFrame decodes a frame of 24 readings.
+func BenchmarkDecodeFrame(b *testing.B) {
+	f := frame()
+	for len(f.Readings) < 24 {
+		f.Readings = append(f.Readings, f.Readings[0])
+	}
+	payload := wire.EncodeFrame(f)
+	b.ReportAllocs()
+	b.SetBytes(int64(len(payload)))
+	for b.Loop() {
+		if _, err := wire.DecodeFrame(identity.Protobuf, payload); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
 
