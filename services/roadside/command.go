@@ -3,6 +3,7 @@ package roadside
 import (
 	"crypto/ed25519"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -170,8 +171,10 @@ func (u *Unit) answer(into *[]traffic.CommandResult, res traffic.CommandResult, 
 	return res
 }
 
-// cut shortens text to what a frame may carry, between two characters.
+// cut makes text fit a frame: as short as it may be there, and valid UTF-8,
+// because what a decoder quotes of its input may be anything.
 func cut(s string) string {
+	s = strings.ToValidUTF8(s, "?")
 	if len(s) <= maxText {
 		return s
 	}

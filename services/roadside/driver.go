@@ -43,7 +43,8 @@ type Driver interface {
 	// interval.
 	Sense() ([]traffic.Reading, error)
 	// Show puts the state on the lamps from now on. After an error it is not
-	// known what they show; the unit tries again at its next tick.
+	// known what they show; the unit asks, and goes on from there, at its next
+	// tick.
 	Show(s traffic.State) error
 	// Observed returns what the lamps show.
 	Observed() (traffic.State, error)

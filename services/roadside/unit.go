@@ -140,9 +140,10 @@ type Unit struct {
 	// steps between ticks, so that setting the clock back prolongs nothing.
 	inForce time.Duration
 	tickAt  time.Time
-	shown   traffic.State
+	shown   traffic.State // what the driver took last
 	before  traffic.State // what was shown before
 	shownAt time.Time
+	missed  bool // the driver has not taken the newest state
 
 	frameSeq uint64
 	prev     [32]byte
@@ -223,7 +224,7 @@ type Ticked struct {
 
 // Tick makes the lamps show what is due at now. Call it at every step of the
 // world and at least once a second. An error means that the driver did not take
-// the state; it is tried again at the next tick.
+// the state; the next tick goes on from what the lamps show then.
 func (u *Unit) Tick(now time.Time) (Ticked, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -231,6 +232,9 @@ func (u *Unit) Tick(now time.Time) (Ticked, error) {
 	u.inForce = max(u.inForce-max(now.Sub(u.tickAt), 0), 0)
 	u.tickAt = now
 	was := u.mode
+	if u.missed {
+		u.retake(now)
+	}
 	u.decide(now)
 	show, trip := u.monitor.Filter(now, u.sequencer.Next(now))
 	if trip != nil {
@@ -239,16 +243,43 @@ func (u *Unit) Tick(now time.Time) (Ticked, error) {
 		u.note(now, eventFlash, flashFaultMonitor)
 		u.log.Error("the interlock has tripped", "intersection", u.cfg.Junction.ID, "rule", trip.Rule, "err", trip.Detail)
 	}
-	t := Ticked{Shown: show, Changed: show != u.shown, Trip: trip, ModeChanged: u.mode != was}
-	if t.Changed {
-		u.changes(now, u.shown, show)
-		u.before, u.shownAt, u.shown = u.shown, now, show
-	}
-	if err := u.cfg.Driver.Show(show); err != nil {
+	t := Ticked{Shown: show, Trip: trip, ModeChanged: u.mode != was}
+	err := u.cfg.Driver.Show(show)
+	if u.missed = err != nil; u.missed {
 		u.counters.ShowErrors++
 		return t, fmt.Errorf("junction %s: showing %q: %w", u.cfg.Junction.ID, show, err)
 	}
+	if t.Changed = show != u.shown; t.Changed {
+		u.changes(now, u.shown, show)
+		u.before, u.shownAt, u.shown = u.shown, now, show
+	}
 	return t, nil
+}
+
+// retake begins again from what the lamps show, after they did not take what
+// they were told to: sequencer and interlock count the time of a yellow or a red
+// that may never have been seen. On its way to flashing a tripped unit goes on.
+func (u *Unit) retake(now time.Time) {
+	if u.monitor.Tripped() != nil {
+		return
+	}
+	seen, err := u.cfg.Driver.Observed()
+	if err != nil {
+		u.counters.ObserveErrors++
+		u.log.Error("lamps cannot be read", "intersection", u.cfg.Junction.ID, "err", err)
+		seen = u.shown // the driver took that
+	}
+	if err := u.monitor.Resume(now, seen); err != nil {
+		// The interlock refuses to go from there to red, and trips.
+		u.log.Error("the lamps show what cannot be taken over", "intersection", u.cfg.Junction.ID, "err", err)
+		u.sequencer = timing.NewSequencer(u.cfg.Junction, u.rules, now)
+		return
+	}
+	u.sequencer.Resume(seen, now)
+	if seen != u.shown {
+		u.changes(now, u.shown, seen)
+		u.before, u.shownAt, u.shown = u.shown, now, seen
+	}
 }
 
 // decide gives the sequencer the local plan's stage where no command is in force.

@@ -10,8 +10,10 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/interlock"
 	"github.com/stopline-traffic/stopline/pkg/timing"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/pkg/validate"
@@ -678,6 +680,85 @@ func TestFaultyCabinet(t *testing.T) {
 	if _, err := u.Tick(s.city.Now()); !errors.Is(err, broken) || u.Counters().ShowErrors != 1 {
 		t.Errorf("lamps that cannot be set: got %v and %d counted", err, u.Counters().ShowErrors)
 	}
+}
+
+// A driver that fails for a while, in whatever part of a change, leaves no step
+// out: the lamps see every yellow and every red for as long as they must.
+func TestLampsMissStates(t *testing.T) {
+	broken := errors.New("cable cut")
+	step := 1700 * time.Millisecond
+	if testing.Short() || raceEnabled {
+		step = 6100 * time.Millisecond
+	}
+	for _, blind := range []bool{false, true} {
+		for _, outage := range []time.Duration{2 * time.Second, 6 * time.Second, 20 * time.Second} {
+			for at := time.Duration(0); at < 40*time.Second; at += step {
+				var d *faulty
+				s := newStreet(t, sim.Config{Junctions: 1}, func(c *Config) {
+					d = &faulty{Driver: c.Driver}
+					c.Driver = d
+				})
+				u := s.units[0]
+				judge, err := interlock.New(u.cfg.Junction, s.city.Now())
+				if err != nil {
+					t.Fatal(err)
+				}
+				begin := s.city.Now().Add(at)
+				greens := map[traffic.State]bool{}
+				for end := begin.Add(outage + 90*time.Second); s.city.Now().Before(end); {
+					now := s.city.Now()
+					d.show, d.observe = nil, nil
+					if !now.Before(begin) && now.Before(begin.Add(outage)) {
+						d.show = broken
+						if blind {
+							d.observe = broken
+						}
+					}
+					if _, err := u.Tick(now); (err != nil) != (d.show != nil) {
+						t.Fatalf("got %v", err)
+					}
+					lamps, err := d.Driver.Observed()
+					if err != nil {
+						t.Fatal(err)
+					}
+					before := judge.Counts().Refused
+					judge.Supervise(now, lamps)
+					if after := judge.Counts().Refused; len(after) > 0 {
+						t.Fatalf("blind %v, %v from %v on: at %v the lamps show %q: %v after %v", blind, outage, at, now.Sub(begin), lamps, after, before)
+					}
+					if now.After(begin.Add(outage)) {
+						greens[lamps] = true
+					}
+					if _, err := s.city.Step(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if u.Counters().Trips != 0 || len(greens) < 3 {
+					t.Errorf("blind %v, %v from %v on: got %d trips and %d states afterwards, want the plan to go on", blind, outage, at, u.Counters().Trips, len(greens))
+				}
+			}
+		}
+	}
+}
+
+// A refusal quotes what it was given, and a frame takes valid UTF-8 only: a
+// signed command of any bytes must not stop the unit.
+func TestRefusalOfAnyBytes(t *testing.T) {
+	s := newStreet(t, sim.Config{Junctions: 1}, nil)
+	u := s.units[0]
+	for _, payload := range []string{"{\xff", "\xff", "{\"seq\":\xff}", strings.Repeat("\xff", 1000)} {
+		for _, content := range []string{identity.JSON, identity.Protobuf} {
+			e := identity.Sign(keyOf("signal-control"), identity.KindCommand, content, []byte(payload))
+			if res := u.Command(s.city.Now(), e.Marshal()); res.Applied || !utf8.ValidString(res.Reason) || len(res.Reason) > maxText {
+				t.Errorf("%s %.20q: got applied %v, reason %q", content, payload, res.Applied, res.Reason)
+			}
+		}
+	}
+	envelope, _, err := u.Frame(s.city.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.judge(envelope)
 }
 
 // Setting the clock back prolongs no command, and frames do not go back in time.
