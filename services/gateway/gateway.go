@@ -21,7 +21,8 @@ import (
 	"sync"
 	"time"
 
-	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"golang.org/x/mod/sumdb/note"
+
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
@@ -55,8 +56,9 @@ const keepBlocks = 12
 
 // Gateway holds the live view.
 type Gateway struct {
-	cfg Config
-	log *slog.Logger
+	cfg       Config
+	log       *slog.Logger
+	cosigners []note.Verifier // the validators'
 
 	mu        sync.Mutex // guards all below
 	known     *identity.Registry
@@ -73,8 +75,9 @@ type Gateway struct {
 	sealing   latencies
 	unsealed  []pending
 	waiters   chan struct{} // closed and replaced at each change
-	// quarantine counts refused records by rule, since this gateway's durable
-	// position began; lastRefusal is the newest one's reason.
+	// quarantine counts refused records by rule since the gateway started, and at
+	// its first start all that the stream still has; lastRefusal is the newest
+	// one's reason.
 	quarantine  map[string]uint64
 	lastRefusal string
 }
@@ -84,6 +87,10 @@ type pending struct {
 	index uint64
 	at    time.Time
 }
+
+// keepUnsealed bounds what waits for a seal, if sealing stands still; what comes
+// on top is missing from the latencies.
+const keepUnsealed = 1 << 18
 
 // Counts of what went by since the gateway started.
 type Counts struct {
@@ -135,7 +142,7 @@ type JunctionView struct {
 	// a seal covers the block after the command's, which holds its header.
 	Evidence uint64 `json:"evidence"`
 
-	newest struct{ index, height uint64 } // the newest agreed command
+	proofs []proof // newer commands that cannot be proven yet, rising
 }
 
 // Latency in milliseconds since the reading's own time.
@@ -171,20 +178,30 @@ func New(c Config) (*Gateway, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	g := &Gateway{cfg: c, log: c.Logger, junctions: map[traffic.JunctionID]*JunctionView{},
-		devices: map[traffic.DeviceID]traffic.FrameKey{}, undecided: map[traffic.JunctionID]traffic.FrameKey{}, waiters: make(chan struct{}), started: c.Now()}
-	for _, j := range c.State.Registry().Junctions() {
-		g.junctions[j.ID] = newJunctionView(j)
+	cosigners, err := cosigners(ledger.Origin(c.District), c.Follow.Validators)
+	if err != nil {
+		return nil, fmt.Errorf("gateway: %w", err)
 	}
+	g := &Gateway{cfg: c, log: c.Logger, cosigners: cosigners, junctions: map[traffic.JunctionID]*JunctionView{},
+		devices: map[traffic.DeviceID]traffic.FrameKey{}, undecided: map[traffic.JunctionID]traffic.FrameKey{}, waiters: make(chan struct{}), started: c.Now()}
+	g.define(c.State.Registry())
 	return g, nil
 }
 
-func newJunctionView(j *traffic.Junction) *JunctionView {
-	v := &JunctionView{ID: j.ID, Name: j.Name, LatE6: j.LatE6, LonE6: j.LonE6, Signal: traffic.Signal{Stage: -1}}
-	for _, g := range j.Groups {
-		v.Groups = append(v.Groups, g.Name)
+// define takes over what the registry says of junctions. Caller holds mu.
+func (g *Gateway) define(reg *identity.Registry) {
+	for _, j := range reg.Junctions() {
+		v := g.junctions[j.ID]
+		if v == nil {
+			v = &JunctionView{ID: j.ID, Signal: traffic.Signal{Stage: -1}}
+			g.junctions[j.ID] = v
+		}
+		v.Name, v.LatE6, v.LonE6 = j.Name, j.LatE6, j.LonE6
+		v.Groups = nil // views that were handed out share the old ones
+		for _, g := range j.Groups {
+			v.Groups = append(v.Groups, g.Name)
+		}
 	}
-	return v
 }
 
 // Run follows decisions and seals until ctx ends.
@@ -210,6 +227,10 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 		v.Votes = append(v.Votes, vote.Validator)
 	}
 	slices.Sort(v.Votes)
+	if reg != g.known { // a registry never changes: another one is another state
+		g.known = reg
+		g.define(reg)
+	}
 	for i := range b.Records {
 		r := &b.Records[i]
 		if !r.Accepted {
@@ -232,16 +253,7 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 				delete(g.undecided, c.Command.Junction)
 			}
 			if j := g.junctions[c.Command.Junction]; j != nil {
-				j.Rule = c.Command.Rule
-				j.newest.index, j.newest.height = r.Index, uint64(b.Header.Height)
-			}
-		}
-	}
-	if reg != g.known { // a registry never changes: another one is another state
-		g.known = reg
-		for _, j := range reg.Junctions() {
-			if g.junctions[j.ID] == nil {
-				g.junctions[j.ID] = newJunctionView(j)
+				j.commanded(c.Command.Rule, proof{r.Index, b.Header.Size}, g.sealed.Size)
 			}
 		}
 	}
@@ -268,7 +280,12 @@ func (g *Gateway) frame(reg *identity.Registry, f *traffic.Frame, index uint64, 
 	// Frames of before the start are replayed history and say nothing of speed.
 	if f.Time.After(g.started) {
 		g.agreed.add(now.Sub(f.Time))
-		g.unsealed = append(g.unsealed, pending{index, f.Time})
+		switch {
+		case index < g.sealed.Size: // the seal was quicker than this follower
+			g.sealing.add(now.Sub(f.Time))
+		case len(g.unsealed) < keepUnsealed:
+			g.unsealed = append(g.unsealed, pending{index, f.Time})
+		}
 		if f.Interval > 0 {
 			g.undecided[f.Junction] = f.FrameKey
 		}
@@ -296,48 +313,19 @@ func (g *Gateway) frame(reg *identity.Registry, f *traffic.Frame, index uint64, 
 // an oracle where there are none.
 func queues(j *traffic.Junction, f *traffic.Frame) (vehicles, halted uint32) {
 	for _, kind := range []traffic.DetectorKind{traffic.Area, traffic.Oracle} {
+		found := false
 		for _, r := range f.Readings {
 			if d, ok := j.Detector(r.Detector); ok && d.Kind == kind {
+				found = true
 				vehicles += r.Vehicles
 				halted += r.Halted
 			}
 		}
-		if vehicles > 0 {
-			return vehicles, halted
+		if found {
+			break
 		}
 	}
 	return vehicles, halted
-}
-
-func (g *Gateway) seal(data []byte) {
-	var s pb.Seal
-	if err := wire.Decode(identity.Protobuf, data, &s); err != nil {
-		g.log.Warn("seal refused", "err", err)
-		return
-	}
-	now := g.cfg.Now()
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if s.Size <= g.sealed.Size {
-		return
-	}
-	g.sealed = SealView{Height: s.Height, Size: s.Size, Time: time.Unix(0, s.SealedUnixNano).UTC()}
-	n := 0
-	for _, p := range g.unsealed {
-		if p.index < s.Size {
-			g.sealing.add(now.Sub(p.at))
-			continue
-		}
-		g.unsealed[n] = p
-		n++
-	}
-	g.unsealed = g.unsealed[:n]
-	for _, j := range g.junctions {
-		if j.newest.height != 0 && j.newest.height < s.Height {
-			j.Evidence = j.newest.index
-		}
-	}
-	g.changed()
 }
 
 // changed wakes whoever waits for a new view; mu is held.
@@ -348,17 +336,28 @@ func (g *Gateway) changed() {
 
 // View returns the state as it is now.
 func (g *Gateway) View() View {
+	v, agreed, sealing := g.snapshot()
+	// Sorting tens of thousands of samples must not keep blocks waiting.
+	slices.Sort(agreed)
+	slices.Sort(sealing)
+	v.LatencyMS = Latency{AgreedP50: quantile(agreed, 50), AgreedP99: quantile(agreed, 99),
+		SealedP50: quantile(sealing, 50), SealedP99: quantile(sealing, 99)}
+	return v
+}
+
+// snapshot copies everything that mu guards.
+func (g *Gateway) snapshot() (v View, agreed, sealing []float64) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	v := View{District: g.cfg.District, Time: g.cfg.Now().UTC(), Blocks: slices.Clone(g.blocks), Sealed: g.sealed, Counts: g.counts,
+	v = View{District: g.cfg.District, Time: g.cfg.Now().UTC(), Blocks: slices.Clone(g.blocks), Sealed: g.sealed, Counts: g.counts,
 		Quarantine: maps.Clone(g.quarantine), LastRefusal: g.lastRefusal}
 	for _, j := range g.junctions {
-		v.Junctions = append(v.Junctions, *j)
+		c := *j
+		c.proofs = nil
+		v.Junctions = append(v.Junctions, c)
 	}
 	slices.SortFunc(v.Junctions, func(a, b JunctionView) int { return cmp.Compare(a.ID, b.ID) })
-	v.LatencyMS.AgreedP50, v.LatencyMS.AgreedP99 = g.agreed.quantile(0.5), g.agreed.quantile(0.99)
-	v.LatencyMS.SealedP50, v.LatencyMS.SealedP99 = g.sealing.quantile(0.5), g.sealing.quantile(0.99)
-	return v
+	return v, slices.Clone(g.agreed.ms), slices.Clone(g.sealing.ms)
 }
 
 // Unsealed returns how many agreed frames of this run still wait for a seal.
@@ -474,14 +473,14 @@ func (l *latencies) add(d time.Duration) {
 	l.next = (l.next + 1) % keepLatencies
 }
 
-// quantile returns the q-quantile in ms (nearest rank), 0 without samples.
-func (l *latencies) quantile(q float64) float64 {
-	if len(l.ms) == 0 {
+// quantile returns the p-th percentile of sorted samples (nearest rank: the
+// smallest that p % of them do not exceed), 0 without samples.
+func quantile(sorted []float64, p int) float64 {
+	n := len(sorted)
+	if n == 0 {
 		return 0
 	}
-	s := slices.Clone(l.ms)
-	slices.Sort(s)
-	return s[min(int(q*float64(len(s))), len(s)-1)]
+	return sorted[max((p*n+99)/100-1, 0)]
 }
 
 // Height returns the newest block's height that the gateway has seen.
