@@ -177,6 +177,10 @@ type record struct {
 	received   int64     // Config.Now, nanoseconds
 }
 
+// maxWaiters bounds the requests that wait for one record: the bounds of the
+// queue do not count those that bring the same bytes again.
+const maxWaiters = 64
+
 type waiter struct {
 	first  bool
 	answer func(answer)
@@ -337,16 +341,17 @@ func (s *Service) Listening() bool {
 
 // request takes one record from NATS.
 func (s *Service) request(m *nats.Msg) {
+	to, subject := m.Reply, m.Subject // not m, whose data would be held until the answer
 	reply := func(a answer) {
-		if m.Reply == "" {
+		if to == "" {
 			return
 		}
 		b, err := proto.Marshal(a.receipt())
 		if err == nil {
-			err = m.Respond(b)
+			err = s.Bus.NC.Publish(to, b)
 		}
 		if err != nil {
-			s.log.Warn("ingest: cannot answer a sender", "subject", m.Subject, "err", err)
+			s.log.Warn("ingest: cannot answer a sender", "subject", subject, "err", err)
 		}
 	}
 	t, ref := turnOf(m)
@@ -419,25 +424,28 @@ func (s *Service) take(envelope []byte, t turn, reply func(answer)) {
 	now := s.Now()
 	s.mu.Lock()
 	s.counts.Received++
+	busy := func(reason, format string, args ...any) {
+		s.counts.Busy[reason]++
+		s.mu.Unlock()
+		reply(answer{status: pb.Receipt_STATUS_BUSY, reason: reason, text: fmt.Sprintf(format, args...)})
+	}
 	sess, inTurn := s.look(t)
 	if r := s.known[digest]; r != nil {
 		if inTurn {
 			s.advance(sess, t)
 		}
-		if !r.done {
+		switch {
+		case r.done:
+			s.counts.Again++
+			s.mu.Unlock()
+			reply(answer{status: pb.Receipt_STATUS_STORED, salt: r.salt, commitment: r.commitment})
+		case len(r.waiters) >= maxWaiters:
+			busy(ReasonQueueFull, "queue: %d requests wait for this record, no more are held", maxWaiters)
+		default:
 			r.waiters = append(r.waiters, waiter{answer: reply})
 			s.mu.Unlock()
-			return
 		}
-		s.counts.Again++
-		s.mu.Unlock()
-		reply(answer{status: pb.Receipt_STATUS_STORED, salt: r.salt, commitment: r.commitment})
 		return
-	}
-	busy := func(reason, format string, args ...any) {
-		s.counts.Busy[reason]++
-		s.mu.Unlock()
-		reply(answer{status: pb.Receipt_STATUS_BUSY, reason: reason, text: fmt.Sprintf(format, args...)})
 	}
 	switch {
 	case !s.running:

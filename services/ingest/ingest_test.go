@@ -473,6 +473,31 @@ func TestFullQueueIsTold(t *testing.T) {
 	}
 }
 
+// One record sent again and again while it cannot be stored is held once, and
+// only so many wait for it.
+func TestWaitersAreBounded(t *testing.T) {
+	t.Parallel()
+	b := servicetest.District(t, district)
+	full := make(chan struct{})
+	s := running(t, b, func(c *Config) { c.Rand = held{full} })
+	const most, more = 64, 10
+	var a answers
+	for range most + more {
+		a.take(s, envelope(1))
+	}
+	if n := s.Counts().Busy[ReasonQueueFull]; n != more {
+		t.Errorf("got %d told busy, want %d", n, more)
+	}
+	close(full)
+	a.wg.Wait()
+	if n, busy := a.count(pb.Receipt_STATUS_STORED, ""), a.count(pb.Receipt_STATUS_BUSY, ReasonQueueFull); n != most || busy != more {
+		t.Errorf("got %d stored and %d busy, want %d and %d", n, busy, most, more)
+	}
+	if c := s.Counts(); c.Stored != 1 || c.Again != most-1 || c.Pending != 0 {
+		t.Errorf("got %+v, want 1 stored, %d again, none pending", c, most-1)
+	}
+}
+
 func TestFullStreamIsTold(t *testing.T) {
 	t.Parallel()
 	b := servicetest.Connect(t, servicetest.NATS(t))
