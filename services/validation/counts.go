@@ -14,6 +14,9 @@ import (
 type Counts struct {
 	Messages uint64 `json:"messages"` // of INGRESS
 	Dead     uint64 `json:"dead"`     // of which were no batches of records
+	// Gone counts messages of INGRESS that left it, by its age limit or by hand,
+	// before they were known to be dealt with: records with receipts may be lost.
+	Gone uint64 `json:"gone"`
 	// Records of all kinds; each is accepted or quarantined.
 	Records     uint64 `json:"records"`
 	Accepted    uint64 `json:"accepted"`

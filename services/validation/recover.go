@@ -47,7 +47,7 @@ func (s *Service) recover(ctx context.Context) error {
 		return err
 	}
 
-	resume := max(ingress.first, 1)
+	resume, dealt := max(ingress.first, 1), uint64(0)
 	for seq := accepted.last; seq >= accepted.first && seq > 0; seq-- {
 		b, err := accepted.batch(ctx, seq)
 		if err != nil {
@@ -58,7 +58,7 @@ func (s *Service) recover(ctx context.Context) error {
 		}
 		// The last message that ACCEPTED knows of may be dealt with in part.
 		if b.IngressLast <= ingress.last {
-			resume = max(resume, b.IngressLast)
+			resume, dealt = max(resume, b.IngressLast), b.IngressLast
 		} else {
 			s.log.Error("INGRESS is behind what was accepted from it: it must have been made anew", "seq", ingress.last, "accepted", b.IngressLast)
 		}
@@ -67,9 +67,14 @@ func (s *Service) recover(ctx context.Context) error {
 	cons, err := js.Consumer(ctx, topic.IngressStream, topic.ValidationDurable)
 	switch {
 	case err == nil:
-		resume = max(resume, cons.CachedInfo().AckFloor.Stream+1)
+		floor := cons.CachedInfo().AckFloor.Stream
+		resume, dealt = max(resume, floor+1), max(dealt, floor)
 	case !errors.Is(err, jetstream.ErrConsumerNotFound):
 		return fmt.Errorf("consumer %s: %w", topic.ValidationDurable, err)
+	}
+
+	if dealt > 0 { // else nothing is known of an earlier run
+		s.gone(dealt+1, resume-1)
 	}
 
 	// Numbers of INGRESS rise in both streams, but where INGRESS was made anew.

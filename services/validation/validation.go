@@ -88,6 +88,8 @@ type Service struct {
 
 	// Owned by Run.
 	session
+	// goneUntil is the newest INGRESS message counted as gone.
+	goneUntil uint64
 }
 
 // session is what the service knows between two recoveries.
@@ -284,6 +286,7 @@ func (s *Service) group(ctx context.Context, msgs []jetstream.Msg) error {
 		if seq <= last {
 			continue // handed out again, because something took longer than ackWait
 		}
+		s.gone(last+1, seq-1)
 		last = seq
 		if first == 0 {
 			first = seq
@@ -329,6 +332,19 @@ func (s *Service) group(ctx context.Context, msgs []jetstream.Msg) error {
 		s.log.Debug("group not acknowledged", "seq", last, "err", err)
 	}
 	return nil
+}
+
+// gone tells, once, that messages of INGRESS from one number to another left it
+// before they were dealt with.
+func (s *Service) gone(from, to uint64) {
+	from = max(from, s.goneUntil+1)
+	if from > to {
+		return
+	}
+	s.goneUntil = to
+	s.counters.add(func(c *Counts) { c.Gone += to - from + 1 })
+	s.log.Error("messages have left INGRESS before they were known to be dealt with; records with receipts may be lost",
+		"seq", from, "last", to, "count", to-from+1)
 }
 
 // verdict is an item that was refused.

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
@@ -426,6 +427,66 @@ func TestLostConsumer(t *testing.T) {
 	o := read(t, b)
 	o.checkOnce(t, in)
 	checkOrder(t, o)
+}
+
+// TestGone: what left INGRESS before it was dealt with, while the service ran or
+// while it did not, is counted once.
+func TestGone(t *testing.T) {
+	b := servicetest.District(t, district)
+	r := newRegistry(t, 1)
+	in := newIngress(t, b)
+	d := newDevice(0)
+	st, err := b.JS.Stream(context.Background(), topic.IngressStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		in.put(noon, d.good())
+	}
+	if err := st.DeleteMsg(context.Background(), 3); err != nil {
+		t.Fatal(err)
+	}
+	s := newService(t, b, r, nil)
+	stop := start(t, s)
+	if c := await(t, s, 4); c.Gone != 1 || c.Accepted != 4 || c.Missing != 1 {
+		t.Errorf("got %+v, want one message gone, with one frame", c)
+	}
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		in.put(noon, d.good())
+	}
+	// They grow old, and the stream lets them go.
+	usual := st.CachedInfo().Config
+	short := usual
+	short.MaxAge, short.Duplicates = 100*time.Millisecond, 100*time.Millisecond
+	for _, cfg := range []jetstream.StreamConfig{short, usual} {
+		if _, err := b.JS.UpdateStream(context.Background(), cfg); err != nil {
+			t.Fatal(err)
+		}
+		for i, err := st.Info(context.Background()); err != nil || i.State.FirstSeq <= 8; i, err = st.Info(context.Background()) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Millisecond) // polling; nothing signals it
+		}
+	}
+	s = newService(t, b, r, nil)
+	stop = start(t, s)
+	in.put(noon, d.good())
+	if c := await(t, s, 1); c.Gone != 3 || c.Accepted != 1 {
+		t.Errorf("got %+v, want three messages gone", c)
+	}
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	s = newService(t, b, r, nil)
+	start(t, s)
+	in.put(noon, d.good())
+	if c := await(t, s, 1); c.Gone != 0 || c.Accepted != 1 {
+		t.Errorf("got %+v, want none gone", c)
+	}
 }
 
 // TestReplayAfterRestart: what was accepted before a restart is known after it,
