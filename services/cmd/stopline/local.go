@@ -57,10 +57,17 @@ type street struct {
 	sender *bus.Sender
 	state  *agreed.State
 	follow decided.Config
+	// onBlock hears of each block; benchmarks watch with it. Optional.
+	onBlock func(*decided.Block)
 }
 
 func (s *street) run(ctx context.Context) error {
-	return s.state.Run(ctx, s.follow, func(context.Context, *decided.Block, *identity.Registry) error { return nil })
+	return s.state.Run(ctx, s.follow, func(_ context.Context, b *decided.Block, _ *identity.Registry) error {
+		if s.onBlock != nil {
+			s.onBlock(b)
+		}
+		return nil
+	})
 }
 
 // localOptions say which district to run.
