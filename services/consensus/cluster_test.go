@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"strings"
 	"testing"
@@ -434,7 +433,12 @@ func TestAnOldDiskStaysSilent(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- v.Run(ctx) }()
-	defer func() { cancel(); <-done }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	}()
 	eventually(t, "peers see the old start", func() bool { return c.nodes[0].v.Stats().Restored > 0 })
 	eventually(t, "it catches up", func() bool { return v.Stats().Height == c.nodes[0].v.Stats().Height })
 	select {
@@ -454,7 +458,7 @@ func TestAnOldDiskStaysSilent(t *testing.T) {
 
 func copyDir(t *testing.T, from, to string) {
 	t.Helper()
-	if err := os.CopyFS(to, os.DirFS(from).(fs.FS)); err != nil {
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -3,6 +3,7 @@ package sealing
 import (
 	"context"
 	"crypto/ed25519"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -74,7 +75,12 @@ func serveCosign(t *testing.T, b *bus.Bus, c *ledgertest.Chain, i int, mode stri
 			return out
 		})
 	}()
-	t.Cleanup(func() { cancel(); <-done })
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
 	return v
 }
 

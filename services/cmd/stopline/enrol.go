@@ -190,7 +190,7 @@ func entry(ctx context.Context, url string, t identity.EntryType, id string) (e 
 	if err != nil {
 		return e, false, fmt.Errorf("is the demo running? %w", err)
 	}
-	defer res.Body.Close()
+	defer func() { _ = res.Body.Close() }() // read, or given up
 	switch res.StatusCode {
 	case http.StatusOK:
 		err = json.NewDecoder(io.LimitReader(res.Body, 16<<20)).Decode(&e)

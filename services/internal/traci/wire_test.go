@@ -3,6 +3,7 @@ package traci
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -192,7 +193,7 @@ func TestDecodeGarbage(t *testing.T) {
 			t.Errorf("%s: got %v, want %q", c.name, r.err, c.want)
 		}
 		before := r.err
-		if r.u8(); r.err != before {
+		if r.u8(); !errors.Is(r.err, before) {
 			t.Errorf("%s: a later read replaced the first error", c.name)
 		}
 	}
