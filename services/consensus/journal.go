@@ -73,7 +73,7 @@ type journal struct {
 	votes   map[slot]vote // of heights from floor on
 	floor   ledger.Height
 	own     start
-	peers   map[uint64]start // the newest start seen of each
+	peers   map[uint64]peerStart // the newest start seen of each
 }
 
 // Records begin with one byte.
@@ -89,6 +89,8 @@ const (
 type peerStart struct {
 	Peer uint64 `json:"peer"`
 	start
+	// Proof is the head, with its signature, of a parcel of that start.
+	Proof []byte `json:"proof,omitempty"`
 }
 
 type memory struct {
@@ -105,7 +107,7 @@ func openJournal(dir string, o seglog.Options, read votesIn) (*journal, error) {
 	if err != nil {
 		return nil, err
 	}
-	j := &journal{log: l, votes: map[slot]vote{}, peers: map[uint64]start{}}
+	j := &journal{log: l, votes: map[slot]vote{}, peers: map[uint64]peerStart{}}
 	err = l.Scan(l.First(), func(i uint64, rec []byte) error {
 		if err := j.replay(rec, read); err != nil {
 			return fmt.Errorf("journal: record %d: %w", i, err)
@@ -151,7 +153,7 @@ func (j *journal) replay(rec []byte, read votesIn) error {
 		if err := json.Unmarshal(body, &p); err != nil {
 			return err
 		}
-		j.peers[p.Peer] = p.start
+		j.peers[p.Peer] = p
 		return nil
 	case recMemory:
 		var m memory
@@ -163,7 +165,7 @@ func (j *journal) replay(rec []byte, read votesIn) error {
 			j.votes[v.slot] = v
 		}
 		for _, p := range m.Peers {
-			j.peers[p.Peer] = p.start
+			j.peers[p.Peer] = p
 		}
 		return nil
 	}
@@ -203,22 +205,23 @@ func (j *journal) begin(incarnation [16]byte, above uint64) (start, error) {
 	return s, nil
 }
 
-// peer returns the newest start that was seen of a peer.
-func (j *journal) peer(n uint64) (start, bool) {
+// peer returns the newest start that was seen of a peer, with its proof.
+func (j *journal) peer(n uint64) (s start, proof []byte, ok bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	s, ok := j.peers[n]
-	return s, ok
+	p, ok := j.peers[n]
+	return p.start, p.Proof, ok
 }
 
-// sawPeer remembers a peer's newer start.
-func (j *journal) sawPeer(n uint64, s start) error {
+// sawPeer remembers a peer's newer start, with the bytes that prove it.
+func (j *journal) sawPeer(n uint64, s start, proof []byte) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if err := j.appendJSON(recPeer, peerStart{n, s}); err != nil {
+	p := peerStart{n, s, proof}
+	if err := j.appendJSON(recPeer, p); err != nil {
 		return err
 	}
-	j.peers[n] = s
+	j.peers[n] = p
 	return nil
 }
 
@@ -248,8 +251,8 @@ func (j *journal) save(entry []byte, truncate bool, votes []vote) error {
 	for _, v := range j.votes {
 		m.Votes = append(m.Votes, v)
 	}
-	for n, s := range j.peers {
-		m.Peers = append(m.Peers, peerStart{n, s})
+	for _, p := range j.peers {
+		m.Peers = append(m.Peers, p)
 	}
 	mem, err := encodeRecord(recMemory, m)
 	if err != nil {

@@ -83,6 +83,7 @@ type peer struct {
 	// owned by the peer's receiving goroutine
 	inSeq   uint64
 	heard   start
+	proof   []byte // head and signature of a parcel of that start
 	maxVote ledger.Height
 	said    map[slot]said
 }
@@ -109,7 +110,7 @@ func (t *transport) prepare(validators []identity.Validator) {
 		}
 		p := &peer{number: v.Number, key: v.VoteKey, in: make(chan []byte, queueMessages), wake: make(chan struct{}, 1),
 			resends: map[phase]*outgoing{}, said: map[slot]said{}}
-		p.heard, _ = t.journal.peer(v.Number)
+		p.heard, p.proof, _ = t.journal.peer(v.Number)
 		t.peers[v.Number] = p
 	}
 }
@@ -199,7 +200,7 @@ func (t *transport) open(p *peer, b []byte) {
 		t.count.invalid.Add(1)
 		return
 	}
-	if !t.fresh(p, pc) {
+	if !t.fresh(p, pc, b[:parcelMin]) {
 		return
 	}
 	t.count.received.Add(1)
@@ -227,7 +228,7 @@ func later(a, b slot) bool {
 // the newest: a disk that was restored, or an old message played again. A
 // question to meet is answered even then, with what is known: the sender should
 // learn it.
-func (t *transport) fresh(p *peer, pc *parcel) bool {
+func (t *transport) fresh(p *peer, pc *parcel, head []byte) bool {
 	switch {
 	case pc.Start == p.heard:
 		if pc.Seq <= p.inSeq {
@@ -235,11 +236,12 @@ func (t *transport) fresh(p *peer, pc *parcel) bool {
 			return false
 		}
 	case pc.Start.Counter > p.heard.Counter:
-		if err := t.journal.sawPeer(p.number, pc.Start); err != nil {
+		proof := append([]byte(nil), head...)
+		if err := t.journal.sawPeer(p.number, pc.Start, proof); err != nil {
 			t.log.Error("peer's start not noted", "peer", p.number, "err", err)
 			return false
 		}
-		p.heard = pc.Start
+		p.heard, p.proof = pc.Start, proof
 	default:
 		t.count.restored.Add(1)
 		return pc.Kind == kindMeet
@@ -394,12 +396,33 @@ func (t *transport) again(p *peer) {
 
 // met is the answer to a validator that starts: what is known of it.
 type met struct {
-	// Start is the newest start of the asker that is known.
-	Start start `json:"start"`
+	// Start is the newest start of the asker that is known, and Proof what the
+	// asker signed in it: a liar could silence whoever restarts otherwise.
+	Start start  `json:"start"`
+	Proof []byte `json:"proof"`
 	// Vote is the highest height at which it may have voted.
 	Vote ledger.Height `json:"vote"`
 	// Asker repeats the start that asks, so that an old answer is no answer.
 	Asker start `json:"asker"`
+}
+
+// holds reports whether an answer is one to the start in hand, and what it says
+// of another start is true: this validator has signed in it, and it is no earlier
+// one.
+func (t *transport) holds(a met) bool {
+	own := t.current()
+	if a.Asker != own {
+		return false
+	}
+	if a.Start == own {
+		return true
+	}
+	if len(a.Proof) != parcelMin || a.Start.Counter < own.Counter {
+		return false
+	}
+	pc, err := parseHead(a.Proof[:headSize])
+	return err == nil && pc.From == t.self && pc.Start == a.Start &&
+		signed(a.Proof, identity.PublicKey(t.key.Public().(ed25519.PublicKey)), t.genesis)
 }
 
 // ask sends the question to meet to every peer.
@@ -413,7 +436,7 @@ func (t *transport) ask() {
 // peer's receiving goroutine.
 func (t *transport) answer(p *peer, asker start) error {
 	// A vote at the height after our last may have been made without our seeing.
-	b, err := json.Marshal(met{Start: p.heard, Vote: max(p.maxVote, t.height()+1), Asker: asker})
+	b, err := json.Marshal(met{Start: p.heard, Proof: p.proof, Vote: max(p.maxVote, t.height()+1), Asker: asker})
 	if err != nil {
 		return err
 	}

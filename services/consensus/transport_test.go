@@ -46,6 +46,45 @@ func TestParcelsComeOutAsTheyWentIn(t *testing.T) {
 	}
 }
 
+// A peer's word on a later start of ours counts only with what we signed in it:
+// one liar must not be able to silence whoever restarts.
+func TestLaterStartsAreProven(t *testing.T) {
+	g := ledger.Hash{5}
+	own, later := start{[16]byte{1}, 3}, start{[16]byte{2}, 4}
+	tr := &transport{self: 1, key: voteKey(1), genesis: g}
+	tr.begin(own)
+	proof := func(from uint64, key uint64, s start, g ledger.Hash) []byte {
+		p := testParcel(from, 2)
+		p.Start = s
+		return p.seal(voteKey(key), g)[:parcelMin]
+	}
+	bad := proof(1, 1, later, g)
+	bad[headSize] ^= 1
+	for _, c := range []struct {
+		name string
+		met  met
+		want bool
+	}{
+		{"this start", met{Start: own, Asker: own}, true},
+		{"a later one", met{Start: later, Asker: own, Proof: proof(1, 1, later, g)}, true},
+		{"as late", met{Start: start{[16]byte{9}, 3}, Asker: own, Proof: proof(1, 1, start{[16]byte{9}, 3}, g)}, true},
+		{"answer to another start", met{Start: later, Asker: later, Proof: proof(1, 1, later, g)}, false},
+		{"no proof", met{Start: later, Asker: own}, false},
+		{"last there is", met{Start: start{[16]byte{2}, 1<<64 - 1}, Asker: own, Vote: 1 << 63}, false},
+		{"proof of another start", met{Start: later, Asker: own, Proof: proof(1, 1, own, g)}, false},
+		{"an earlier start", met{Start: start{[16]byte{8}, 2}, Asker: own, Proof: proof(1, 1, start{[16]byte{8}, 2}, g)}, false},
+		{"signed by the liar", met{Start: later, Asker: own, Proof: proof(1, 2, later, g)}, false},
+		{"the liar's own", met{Start: later, Asker: own, Proof: proof(2, 2, later, g)}, false},
+		{"another district's", met{Start: later, Asker: own, Proof: proof(1, 1, later, ledger.Hash{6})}, false},
+		{"damaged", met{Start: later, Asker: own, Proof: bad}, false},
+		{"cut", met{Start: later, Asker: own, Proof: bad[:headSize]}, false},
+	} {
+		if got := tr.holds(c.met); got != c.want {
+			t.Errorf("%s: got %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
 func FuzzParcel(f *testing.F) {
 	f.Add(testParcel(1, 2).seal(voteKey(1), ledger.Hash{}))
 	f.Add([]byte("junk"))

@@ -213,7 +213,7 @@ func (v *Validator) runEngine(ctx context.Context) error {
 
 // meet asks peers what they know of this validator's earlier starts, until as
 // many have answered as are needed for a quorum with it: without them nothing
-// can be decided anyway. If one knows a later start than the one on disk, the
+// can be decided anyway. If one proves a later start than the one on disk, the
 // disk is an old copy, and votes that it does not know of may have been cast:
 // then this validator stays silent until the others have decided, without it,
 // every height at which it may have voted.
@@ -232,12 +232,11 @@ func (v *Validator) meet(ctx context.Context) error {
 		case <-tick.C:
 			v.transport.ask()
 		case a := <-v.answers:
-			own := v.transport.current()
-			if a.met.Asker != own {
+			if !v.transport.holds(a.met) {
 				continue
 			}
 			met[a.peer] = true
-			if a.met.Start != own {
+			if a.met.Start != v.transport.current() {
 				until, newest = max(until, a.met.Vote), max(newest, a.met.Start.Counter)
 			}
 		}
