@@ -293,6 +293,9 @@ func TestEvidence(t *testing.T) {
 	check("block 3 sealed", 2)
 	w.sealed(blocks[1])
 	check("an old seal again", 2)
+	if got := w.View().Sealed; got.Height != 3 || got.Size != blocks[2].Header.Size {
+		t.Errorf("an old seal again: got sealed %+v, want block 3's to stay", got)
+	}
 	// One seal for several blocks.
 	w.give(command(5))
 	w.give(command(6))
@@ -654,6 +657,9 @@ func TestLive(t *testing.T) {
 		t.Error("the stream ended by itself")
 	default:
 	}
+	// By now it waits for a change that never comes. Were it slower it would have
+	// to end all the same.
+	time.Sleep(2 * liveEvery)
 	cancel()
 	select {
 	case <-ended:
