@@ -119,7 +119,8 @@ func start(t testing.TB, args ...string) *process {
 			p.cmd.Env = append(p.cmd.Env, v)
 		}
 	}
-	p.cmd.Env = append(p.cmd.Env, asProgram+"=1")
+	// A program built with -race would sleep for a second before each exit.
+	p.cmd.Env = append(p.cmd.Env, asProgram+"=1", "GORACE=atexit_sleep_ms=10 "+os.Getenv("GORACE"))
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.err
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
