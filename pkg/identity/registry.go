@@ -386,7 +386,7 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 				return kind.Errorf(kind.Invalid, "body.signs[%d]: a service may not sign %.20q", i, string(k))
 			}
 		}
-		key, kinds = s.Key, s.Signs
+		key, kinds = s.Key, append([]RecordKind{}, s.Signs...) // not nil: the key is taken even if it signs nothing
 	case TypeOfficial:
 		var o Official
 		if err := parseBody(body, &o); err != nil {
@@ -442,6 +442,11 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 	default:
 		return kind.Errorf(kind.Invalid, "type: %.20q is unknown", string(t))
 	}
+	// From here on the state changes, and nothing may fail.
+	var compact bytes.Buffer
+	if err := json.Compact(&compact, body); err != nil {
+		return kind.Errorf(kind.Invalid, "body: %w", err)
+	}
 	if kinds != nil || t == TypeValidator {
 		field := "body.key"
 		if t == TypeValidator {
@@ -460,10 +465,6 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 	}
 	if done != nil {
 		done()
-	}
-	var compact bytes.Buffer
-	if err := json.Compact(&compact, body); err != nil {
-		return kind.Errorf(kind.Invalid, "body: %w", err)
 	}
 	r.set(Entry{Type: t, ID: id, Status: Active, Since: height, Body: compact.Bytes()})
 	return nil

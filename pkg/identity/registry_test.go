@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -142,6 +143,13 @@ func TestApplyRefuses(t *testing.T) {
 			"type: validators can be set in genesis only"},
 		{"junction", registrar, put(TypeJunction, "j2", `{"id":"j2"}`), kind.Invalid, "body: junction j2: stages: at least one is needed"},
 		{"junction's id", registrar, putBody(TypeJunction, "j2", testJunction("j3")), kind.Invalid, `body.id: "j3", the entry is "j2"`},
+		{"junction and more", registrar, put(TypeJunction, "j2", string(raw(t, testJunction("j2")))+"}"), kind.Invalid,
+			"body: junction definition: data after the end of the document"},
+		{"junction replaced and more", registrar, put(TypeJunction, "j1", string(raw(t, testJunction("j1")))+" {}"), kind.Invalid,
+			"body: junction definition: data after the end of the document"},
+		{"service without kinds or a key", registrar, put(TypeService, "s", "{}"), kind.Invalid, "body.key: missing"},
+		{"service without kinds and another's key", registrar, putBody(TypeService, "s", Service{Key: testPub("control")}), kind.Conflict,
+			fmt.Sprintf(`body.key: %s belongs to service "control" already`, testID("control"))},
 		{"policy", registrar, putBody(TypePolicy, "p", Policy{Version: "1"}), kind.Invalid, "body: version and controller must not be empty"},
 		{"software", registrar, put(TypeSoftware, "s", "{"), kind.Invalid, "body: must be JSON"},
 		{"revoke nobody", registrar, func(c *Change) { c.Action, c.ID = "revoke", "d9" }, kind.NotFound, `id: no device "d9"`},
@@ -158,6 +166,15 @@ func TestApplyRefuses(t *testing.T) {
 			}
 			if !bytes.Equal(r.Snapshot(), before) {
 				t.Error("a change that was refused changed the registry")
+			}
+			// Nor what is looked up in it: who restarts from a snapshot must judge
+			// like who does not.
+			again, err := ParseSnapshot(before)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(r.junctions, again.junctions) || !reflect.DeepEqual(r.devices, again.devices) || !reflect.DeepEqual(r.holders, again.holders) {
+				t.Error("a change that was refused changed what is looked up")
 			}
 			if err := r.Apply(7, registrar, change(t, nil)); err != nil {
 				t.Errorf("got %v for a good change, want none", err)

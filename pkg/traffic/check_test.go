@@ -135,6 +135,8 @@ func TestParseJunction(t *testing.T) {
 	for name, c := range map[string]struct{ doc, want string }{
 		"unknown field": {strings.Replace(string(b), `"name":`, `"nmae":`, 1), `unknown field "nmae"`},
 		"cut short":     {string(b[:len(b)/2]), "junction definition:"},
+		"two of them":   {string(b) + string(b), "data after the end of the document"},
+		"stray bracket": {string(b) + "}", "data after the end of the document"},
 		"breaks a rule": {strings.Replace(string(b), `"rGG"`, `"GGG"`, 1), "groups 0 and 1: conflicting groups"},
 	} {
 		if _, err := traffic.ParseJunction([]byte(c.doc)); err == nil || !strings.Contains(err.Error(), c.want) {

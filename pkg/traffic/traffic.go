@@ -10,7 +10,9 @@ package traffic
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 )
@@ -360,6 +362,10 @@ func ParseJunction(b []byte) (*Junction, error) {
 	var j Junction
 	if err := d.Decode(&j); err != nil {
 		return nil, fmt.Errorf("junction definition: %w", err)
+	}
+	// Not More: that takes a stray bracket for the end.
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, errors.New("junction definition: data after the end of the document")
 	}
 	if err := j.Check(); err != nil {
 		return nil, err
