@@ -242,6 +242,7 @@ func TestBadInput(t *testing.T) {
 	}
 
 	d.sealed(receipts...)
+	d.obeyed(1)
 	end := d.stop()
 	if !maps.Equal(end.Frames.ByRule, want) {
 		t.Errorf("quarantined by rule: got %v\nwant %v", end.Frames.ByRule, want)

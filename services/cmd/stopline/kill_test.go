@@ -151,6 +151,7 @@ func TestKill(t *testing.T) {
 	if after.size <= before.size {
 		t.Errorf("log of %d entries, want more than the %d of before the last kill", after.size, before.size)
 	}
+	d.obeyed(kills + 1)
 	r := d.stop()
 	if r.Frames.Quarantined != r.Frames.ByRule[validate.RuleDuplicate] || r.Commands.Applied == 0 || r.Interlock.Trips != 0 || r.LogSize != r.SealedSize || !r.Evidence.Verified {
 		t.Errorf("after %d kills the demo ends with %s", kills, lastLine(d.out.String()))

@@ -546,6 +546,35 @@ func (d *demoRun) sealed(receipts ...receipt) *logView {
 	return v
 }
 
+// obeyed waits until a unit has said, in this start of the demo, that it obeys
+// signal-control.
+func (d *demoRun) obeyed(boot uint64) {
+	d.t.Helper()
+	waitFor(d.t, "a junction that obeys", soon, func() bool {
+		b, err := d.get("/v1/state")
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		var v struct {
+			Junctions []struct {
+				Signal struct{ Mode traffic.Mode }
+				Frame  struct {
+					BootEpoch uint64 `json:"boot_epoch"`
+				}
+			}
+		}
+		if err := json.Unmarshal(b, &v); err != nil {
+			d.t.Fatal(err)
+		}
+		for _, j := range v.Junctions {
+			if j.Frame.BootEpoch == boot && j.Signal.Mode == traffic.Coordinated {
+				return true
+			}
+		}
+		return false
+	})
+}
+
 // once wants every receipt's commitment in the log exactly once.
 func once(t testing.TB, v *logView, receipts []receipt) {
 	t.Helper()
