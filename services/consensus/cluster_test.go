@@ -398,6 +398,55 @@ func TestALargeMessageIsDecidedInParts(t *testing.T) {
 	}
 }
 
+// What left ACCEPTED while a validator was away is counted there, once, and
+// comes to it with the others' blocks.
+func TestGoneFromAccepted(t *testing.T) {
+	c := newCluster(t, 4)
+	c.start(c.all()...)
+	u := newUnit(1)
+	decide := func(ns ...uint64) {
+		b := batch(u.frame(time.Now()))
+		c.submit(b)
+		c.decided(b, ns...)
+	}
+	const away = 4
+	rest := without(c.all(), away)
+	decide(c.all()...)
+	eventually(t, "the message is acknowledged", func() bool { return c.pending(away) == 0 })
+	c.stop(away)
+	decide(rest...)
+	decide(rest...)
+	st, err := c.bus.JS.Stream(context.Background(), topic.AcceptedStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	usual := st.CachedInfo().Config
+	short := usual
+	short.MaxAge, short.Duplicates = 100*time.Millisecond, 100*time.Millisecond
+	if _, err := c.bus.JS.UpdateStream(context.Background(), short); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the stream lets them go", func() bool {
+		i, err := st.Info(context.Background())
+		return err == nil && i.State.FirstSeq == 4
+	})
+	if _, err := c.bus.JS.UpdateStream(context.Background(), usual); err != nil {
+		t.Fatal(err)
+	}
+	c.start(away)
+	decide(c.all()...)
+	for _, n := range c.all() {
+		want := uint64(0)
+		if n == away {
+			want = 2
+		}
+		if got := c.nodes[n-1].v.Stats().Gone; got != want {
+			t.Errorf("validator %d: got %d messages gone, want %d", n, got, want)
+		}
+	}
+	c.check()
+}
+
 func TestAnOldDiskStaysSilent(t *testing.T) {
 	c := newCluster(t, 4)
 	c.start(c.all()...)

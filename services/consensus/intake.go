@@ -35,6 +35,8 @@ type intake struct {
 	// owned by the consumer's handler
 	next  uint64 // number in the stream of the message that is due; 0: any
 	again context.CancelFunc
+	// goneUntil is the newest message that was counted as gone.
+	goneUntil uint64
 }
 
 // waiting is a request that is not decided yet.
@@ -119,14 +121,32 @@ func (in *intake) rewind(ctx context.Context, name string) error {
 	defer cancel()
 	// Asked first: the server does not answer a reset of a consumer that is not
 	// there.
-	_, err := in.v.c.Bus.JS.Consumer(ctx, topic.AcceptedStream, name)
+	cons, err := in.v.c.Bus.JS.Consumer(ctx, topic.AcceptedStream, name)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
 		return nil // the first start makes it
 	}
-	if err == nil {
-		_, err = in.v.c.Bus.JS.ResetConsumer(ctx, topic.AcceptedStream, name)
+	if err != nil {
+		return err
 	}
+	st, err := in.v.c.Bus.JS.Stream(ctx, topic.AcceptedStream)
+	if err != nil {
+		return err
+	}
+	in.gone(cons.CachedInfo().AckFloor.Stream+1, st.CachedInfo().State.FirstSeq)
+	_, err = in.v.c.Bus.JS.ResetConsumer(ctx, topic.AcceptedStream, name)
 	return err
+}
+
+// gone tells, once, that messages from the one that is due to before the stream's
+// first have left it, by age or by hand, and were not acknowledged. What this
+// validator alone had of them is lost to it; the others may have decided them.
+func (in *intake) gone(due, first uint64) {
+	if due = max(due, in.goneUntil+1); due >= first {
+		return
+	}
+	in.goneUntil = first - 1
+	in.v.count.gone.Add(first - due)
+	in.v.log.Error("accepted batches have left the stream before this validator had them decided", "seq", due, "last", first-1, "count", first-due)
 }
 
 // handle takes the message that is due. If it is another, or cannot be taken

@@ -16,6 +16,7 @@ type counters struct {
 	sent, resent, received, dropped, invalid                   atomic.Uint64
 	replayed, restored, equivocations, withheld                atomic.Uint64
 	cosigned, cosignRefused, published, publishRetries, badReq atomic.Uint64
+	gone                                                       atomic.Uint64
 
 	mu      sync.Mutex
 	refused map[string]uint64
@@ -58,8 +59,9 @@ type Stats struct {
 	// Published is the height of the last decision in the stream, PublishRetries
 	// how often storing one failed.
 	Published, PublishRetries uint64
-	// BadRequests counts messages of ACCEPTED that are no batch.
-	BadRequests uint64
+	// BadRequests counts messages of ACCEPTED that are no batch, Gone those that
+	// left it before this validator had acknowledged them.
+	BadRequests, Gone uint64
 }
 
 func (c *counters) stats() Stats {
@@ -68,7 +70,7 @@ func (c *counters) stats() Stats {
 		Sent: c.sent.Load(), Resent: c.resent.Load(), Received: c.received.Load(), Dropped: c.dropped.Load(), Invalid: c.invalid.Load(),
 		Replayed: c.replayed.Load(), Restored: c.restored.Load(), Equivocations: c.equivocations.Load(), Withheld: c.withheld.Load(),
 		Cosigned: c.cosigned.Load(), CosignRefused: c.cosignRefused.Load(), Published: c.published.Load(),
-		PublishRetries: c.publishRetries.Load(), BadRequests: c.badReq.Load(),
+		PublishRetries: c.publishRetries.Load(), BadRequests: c.badReq.Load(), Gone: c.gone.Load(),
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
