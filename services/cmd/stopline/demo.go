@@ -45,7 +45,9 @@ the policy file that a verifier pins. A later run on the same folder goes on
 where it ended, also after kill -9. Without --data a new temporary folder is
 made and kept; its path is printed.
 
-The last line of --json is one object. Latencies are in milliseconds from the
+The last line of --json is one object. frames.received and frames.quarantined
+count refused records of every kind, frames or not, as far as validation saw
+them; refusals by the validators are in rejected_by_validators. Latencies are in milliseconds from the
 reading's own time until a quorum's block with it was received (agreed), and
 until a checkpoint that covers it was sealed (sealed).`,
 	flags: func(fs *flag.FlagSet) func(context.Context, []string, streams) error {
@@ -91,6 +93,9 @@ type demoReport struct {
 		Quarantined uint64                   `json:"quarantined"`
 		ByRule      map[validate.Rule]uint64 `json:"quarantined_by_rule,omitempty"`
 	} `json:"frames"`
+	// Rejected records were in decided blocks with the validators' verdict
+	// against them: registry changes that do not apply, for instance.
+	Rejected   uint64          `json:"rejected_by_validators"`
 	Readings   uint64          `json:"readings"`
 	Blocks     uint64          `json:"blocks"`
 	LogSize    uint64          `json:"log_size"`
@@ -442,6 +447,7 @@ func (l *local) report(r *demoReport, units []*roadside.Unit) {
 	if n := len(v.Blocks); n > 0 {
 		r.LogSize = v.Blocks[n-1].Size
 	}
+	r.Rejected = v.Counts.Rejected
 	r.SealedSize, r.LatencyMS = v.Sealed.Size, v.LatencyMS
 	r.Commands.Sent = l.control.Counters.Sent.Load()
 	for _, u := range units {
