@@ -152,12 +152,13 @@ const (
 	MaxPayload = 16 << 20
 )
 
-// Streams declares the streams of a district.
+// Streams declares the streams of a district. An hour of 1,250 frames a second,
+// with the commands that answer them, is about 5 GB of INGRESS.
 func Streams(d traffic.DistrictID) []Stream {
 	const hour = time.Hour
 	return []Stream{
-		{Name: IngressStream, Subjects: []string{Ingress(d)}, MaxAge: hour, MaxBytes: 4 << 30, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute},
-		{Name: AcceptedStream, Subjects: []string{Accepted(d)}, MaxAge: hour, MaxBytes: 4 << 30, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute},
+		{Name: IngressStream, Subjects: []string{Ingress(d)}, MaxAge: hour, MaxBytes: 8 << 30, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute},
+		{Name: AcceptedStream, Subjects: []string{Accepted(d)}, MaxAge: hour, MaxBytes: 8 << 30, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute},
 		{Name: QuarantineStream, Subjects: []string{QuarantineAll(d)}, MaxAge: 24 * hour, MaxBytes: 1 << 30, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute, DiscardOld: true},
 		{Name: DecisionStream, Subjects: []string{DecisionAll(d)}, MaxAge: hour, MaxBytes: 8 << 30, MaxMsgSize: MaxPayload, Duplicates: 2 * time.Minute, DiscardOld: true},
 		{Name: SealStream, Subjects: []string{Seal(d)}, MaxAge: 24 * hour, MaxBytes: 256 << 20, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute, DiscardOld: true},

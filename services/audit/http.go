@@ -15,21 +15,47 @@ import (
 // maxFind bounds one answer of /v1/records.
 const maxFind = 1000
 
+// maxMaking is how many bundles are made at once.
+const maxMaking = 4
+
+// limit lets so many go on at once.
+type limit chan struct{}
+
+func newLimit(n int) limit { return make(limit, n) }
+
+// begin takes a place, to be given back with done; ok is false where none is free.
+func (l limit) begin() (done func(), ok bool) {
+	select {
+	case l <- struct{}{}:
+		return func() { <-l }, true
+	default:
+		return nil, false
+	}
+}
+
 // Handler serves
 //
 //	GET /v1/evidence/{index}                   a bundle, application/zip
 //	GET /v1/records?kind=&junction=&limit=     the newest records, JSON
 //
-// Errors are problem documents, RFC 9457. It asks nobody who they are: that is
+// A bundle is built and verified for each request, so that only a few at once are
+// made: further requests are told to come again. Errors are problem documents, RFC 9457. It asks nobody who they are: that is
 // for whoever puts it on a network.
 func (s *Service) Handler() http.Handler {
 	mux := http.NewServeMux()
+	making := newLimit(maxMaking)
 	mux.HandleFunc("GET /v1/evidence/{index}", func(w http.ResponseWriter, r *http.Request) {
 		index, err := strconv.ParseUint(r.PathValue("index"), 10, 62)
 		if err != nil {
 			s.problem(w, kind.Errorf(kind.Invalid, "index: must be a leaf's number in the log"))
 			return
 		}
+		done, ok := making.begin()
+		if !ok {
+			s.problem(w, kind.Errorf(kind.Unavailable, "%d bundles are being made already, try again", maxMaking))
+			return
+		}
+		defer done()
 		b, err := s.Evidence(r.Context(), index)
 		if err != nil {
 			s.problem(w, err)
