@@ -175,15 +175,15 @@ func (k *core) snapshotPath() string { return filepath.Join(k.dir, "snapshot") }
 
 // snapshot writes the state down beside other work. It needs mu.
 func (k *core) snapshot() {
-	b, err := k.state.marshal()
-	if err != nil {
-		k.log.Error("snapshot failed", "err", err)
-		return
-	}
+	s := k.state.freeze() // of a large district encoding it takes longer than a block
 	k.snapshots.Go(func() {
 		k.writing.Lock()
 		defer k.writing.Unlock()
-		if err := replaceFile(k.snapshotPath(), b); err != nil {
+		b, err := s.marshal()
+		if err == nil {
+			err = replaceFile(k.snapshotPath(), b)
+		}
+		if err != nil {
 			k.log.Error("snapshot failed", "err", err) // the blocks have it all
 		}
 	})

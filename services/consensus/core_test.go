@@ -347,6 +347,29 @@ func TestRecoveryGivesTheSameState(t *testing.T) {
 
 // A crash between the payload and its block leaves a payload that the same
 // decision finds again.
+// TestFrozenStateStays: a snapshot is encoded while blocks go on.
+func TestFrozenStateStays(t *testing.T) {
+	b := newBench(t)
+	u := newUnit(1)
+	b.decide(b.propose(batch(u.frame(b.now))))
+	want, err := b.k.state.marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	frozen := b.k.state.freeze()
+	for range 3 {
+		// Beyond the time for which ids of requests are kept.
+		b.now = b.now.Add(decidedFor)
+		b.decide(b.propose(batch(u.frame(b.now))))
+	}
+	if got, err := frozen.marshal(); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("got another encoding, %v, than before the blocks that came after", err)
+	}
+	if now, err := b.k.state.marshal(); err != nil || bytes.Equal(now, want) {
+		t.Errorf("the state itself has not changed, %v", err)
+	}
+}
+
 func TestACrashBetweenPayloadAndBlock(t *testing.T) {
 	b := newBench(t)
 	p := b.propose(batch(newUnit(1).frame(noon)))

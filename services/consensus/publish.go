@@ -103,7 +103,12 @@ func (p *publisher) run(ctx context.Context) error {
 			}
 			continue
 		}
-		next += ledger.Height(len(msgs))
+		p.mu.Lock()
+		for range msgs {
+			delete(p.recent, next) // a block may be megabytes
+			next++
+		}
+		p.mu.Unlock()
 		p.v.count.published.Store(uint64(next - 1))
 	}
 }

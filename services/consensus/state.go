@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -234,6 +235,16 @@ func (d *decidedIDs) add(at time.Time, ids []ledger.Hash) {
 		d.blocks[0].ids = nil // let go now, not when the slice grows
 		d.blocks = d.blocks[1:]
 	}
+}
+
+// freeze returns s as it is now, to be read while blocks go on changing s. The
+// registry and the devices' state are never changed in place.
+func (s *state) freeze() *state {
+	c := *s
+	c.tree = s.tree.Clone()
+	c.devices = s.devices.Clone()
+	c.decided = &decidedIDs{blocks: slices.Clone(s.decided.blocks)} // enough for marshal
+	return &c
 }
 
 const snapshotMagic = "stopline validator state v1\n"
