@@ -30,5 +30,6 @@
 // The queue is bounded in records and bytes; when it is full the sender is told
 // at once. So it is when the stream is full. The answers to the newest 65,536
 // stored records are remembered: the same bytes again get the same receipt and
-// are not stored again.
+// are not stored again. A restart reads them back from the stream, as far as
+// they were stored in the last 15 minutes.
 package ingest

@@ -145,7 +145,8 @@ type Service struct {
 	kick chan struct{} // tells the writer that the queue has changed
 
 	mu       sync.Mutex
-	running  bool
+	started  bool   // Run has been called and has not returned
+	running  bool   // records are taken
 	counts   Counts // but for Pending
 	queue    []*record
 	queued   int                     // bytes in queue
@@ -264,19 +265,29 @@ func (s *Service) Counts() Counts {
 	return c
 }
 
-// Run takes and stores records until ctx ends. It then takes no more, stores
-// what it has taken, and answers every sender before it returns. It fails only
-// if the connection is closed for good.
+// Run takes and stores records until ctx ends, after it has read back which are
+// stored already. It then takes no more, stores what it has taken, and answers
+// every sender before it returns. It fails only if the connection is closed for
+// good.
 func (s *Service) Run(ctx context.Context) error {
 	nc := s.Bus.NC
 	closed := nc.StatusChanged(nats.CLOSED)
 	defer nc.RemoveStatusListener(closed)
 
 	s.mu.Lock()
-	if s.running {
+	if s.started {
 		s.mu.Unlock()
 		return kind.Errorf(kind.Conflict, "ingest: is running already")
 	}
+	s.started = true
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.started = false
+		s.mu.Unlock()
+	}()
+	s.recall(ctx, closed)
+	s.mu.Lock()
 	s.running = true
 	s.mu.Unlock()
 	stop, done := make(chan struct{}), make(chan struct{})

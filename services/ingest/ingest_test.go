@@ -433,7 +433,6 @@ func (a *answers) count(status pb.Receipt_Status, reason string) (n int) {
 
 func TestFullQueueIsTold(t *testing.T) {
 	t.Parallel()
-	b := servicetest.District(t, district)
 	for _, c := range []struct {
 		name, text string
 		change     func(*Config)
@@ -445,6 +444,7 @@ func TestFullQueueIsTold(t *testing.T) {
 			// Nothing is stored before the queue has been seen to be full: there are no
 			// salts until then.
 			full := make(chan struct{})
+			b := servicetest.District(t, district)
 			s := running(t, b, func(cfg *Config) { cfg.Rand = held{full}; c.change(cfg) })
 			var a answers
 			for i := range 4 {

@@ -308,7 +308,6 @@ func (w *writer) stored(f *flight) {
 	for i, r := range f.records {
 		s.release(r)
 		waiters[i], r.waiters = r.waiters, nil
-		r.done, r.envelope, r.session = true, nil, nil
 		for _, wt := range waiters[i] {
 			if wt.first {
 				s.counts.Stored++
@@ -316,9 +315,7 @@ func (w *writer) stored(f *flight) {
 				s.counts.Again++
 			}
 		}
-		if old, ok := s.stored.push(r.digest); ok {
-			delete(s.known, old)
-		}
+		s.remember(r)
 	}
 	s.mu.Unlock()
 	for i, r := range f.records {
