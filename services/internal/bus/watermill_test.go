@@ -49,8 +49,8 @@ func TestWatermillSuite(t *testing.T) {
 		}, func(t *testing.T) (message.Publisher, message.Subscriber) { return pubsub(64)(t, "shared") }, pubsub(64))
 	})
 	t.Run("in flight=1", func(t *testing.T) {
-		if testing.Short() {
-			t.Skip("one after another takes seconds")
+		if testing.Short() || raceEnabled {
+			t.Skip("one after another takes seconds, and the suite's own timeouts are by the wall clock")
 		}
 		var n atomic.Int64
 		tests.TestPubSub(t, tests.Features{
