@@ -47,9 +47,9 @@ made and kept; its path is printed.
 
 The last line of --json is one object. frames.received and frames.quarantined
 count refused records of every kind, frames or not, as far as validation saw
-them; refusals by the validators are in rejected_by_validators. Latencies are in milliseconds from the
-reading's own time until a quorum's block with it was received (agreed), and
-until a checkpoint that covers it was sealed (sealed).`,
+them; refusals by the validators are in rejected_by_validators. Latencies are in
+milliseconds from the reading's own time until a quorum's block with it was
+received (agreed), and until a checkpoint that covers it was sealed (sealed).`,
 	flags: func(fs *flag.FlagSet) func(context.Context, []string, streams) error {
 		o := demoOptions{}
 		fs.StringVar(&o.sumo, "sumo", "", "drive the SUMO scenario `FILE` instead of the built-in city")
