@@ -28,7 +28,9 @@
 // # Bounds
 //
 // The queue is bounded in records and bytes; when it is full the sender is told
-// at once. So it is when the stream is full. The answers to the newest 65,536
+// at once. So it is when the stream is full, and when what is stored has not been
+// decided for minutes: as long as validation or a quorum of validators does not
+// get on, more receipts would promise what may not be kept. The answers to the newest 65,536
 // stored records are remembered: the same bytes again get the same receipt and
 // are not stored again. A restart reads them back from the stream, as far as
 // they were stored in the last 15 minutes.

@@ -35,8 +35,8 @@ import (
 //	413  too large
 //	415  other content type or coding
 //	429  a queue or the stream is full; Retry-After says when to come again
-//	503  cannot store now, or not known whether it was stored; Retry-After, and
-//	     send the same bytes again
+//	503  cannot store now, or not known whether it was stored, or decisions are
+//	     behind; Retry-After, and send the same bytes again
 func (s *Service) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/frames", func(w http.ResponseWriter, r *http.Request) { s.post(w, r, identity.KindFrame) })

@@ -56,6 +56,10 @@ type Config struct {
 	// StoreWait is how long a batch that cannot be stored is tried again before
 	// its senders are told busy; 0 means 3 s.
 	StoreWait time.Duration
+	// MaxBehind is how long ago, by the wall clock, the oldest message may have been
+	// stored that is not decided yet; when it is longer ago, senders are told busy.
+	// 0 means 5 minutes. Validators refuse what is 15 minutes old.
+	MaxBehind time.Duration
 	// Rand gives salts; nil means crypto/rand.
 	Rand io.Reader
 }
@@ -77,6 +81,7 @@ func (c Config) Validate() error {
 		{"MaxDelay", int64(c.MaxDelay), int64(time.Second)}, {"MaxPending", int64(c.MaxPending), 1 << 24},
 		{"MaxPendingBytes", int64(c.MaxPendingBytes), 1 << 40}, {"MaxRecord", int64(c.MaxRecord), identity.MaxEnvelope},
 		{"InFlight", int64(c.InFlight), 256}, {"StoreWait", int64(c.StoreWait), int64(time.Hour)},
+		{"MaxBehind", int64(c.MaxBehind), int64(time.Hour)},
 	} {
 		if f.value < 0 || f.value > f.max {
 			errs = append(errs, fmt.Errorf("ingest: %s: %d, must be 0 to %d", f.name, f.value, f.max))
@@ -116,6 +121,7 @@ const (
 	ReasonBehind      = "behind-a-failure"
 	ReasonUnknown     = "not-known-whether-stored"
 	ReasonStopped     = "not-running"
+	ReasonUndecided   = "decisions-behind"
 )
 
 // Counts says what became of everything that was received since the start:
@@ -147,6 +153,7 @@ type Service struct {
 	mu       sync.Mutex
 	started  bool   // Run has been called and has not returned
 	running  bool   // records are taken
+	behind   string // why no new records are taken, by the guard; mostly empty
 	counts   Counts // but for Pending
 	queue    []*record
 	queued   int                     // bytes in queue
@@ -226,6 +233,7 @@ func New(c Config) (*Service, error) {
 	c.MaxRecord = or(c.MaxRecord, identity.MaxEnvelope)
 	c.InFlight = or(c.InFlight, 4)
 	c.StoreWait = or(c.StoreWait, 3*time.Second)
+	c.MaxBehind = or(c.MaxBehind, 5*time.Minute)
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -287,6 +295,18 @@ func (s *Service) Run(ctx context.Context) error {
 		s.mu.Unlock()
 	}()
 	s.recall(ctx, closed)
+	g := &guard{s: s, looked: time.Now()}
+	g.look(ctx)
+	watch, unwatch := context.WithCancel(ctx)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		g.loop(watch)
+	}()
+	defer func() {
+		unwatch()
+		<-watched
+	}()
 	s.mu.Lock()
 	s.running = true
 	s.mu.Unlock()
@@ -461,6 +481,9 @@ func (s *Service) take(envelope []byte, t turn, reply func(answer)) {
 	switch {
 	case !s.running:
 		busy(ReasonStopped, "ingest is not running")
+		return
+	case s.behind != "":
+		busy(ReasonUndecided, "%s", s.behind)
 		return
 	case !inTurn:
 		busy(ReasonTurn, "record %d came before its turn", t.number)

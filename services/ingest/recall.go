@@ -92,12 +92,20 @@ func (s *Service) readBack(ctx context.Context) (rs []*record, err error) {
 		oldest = now
 	}
 	oldest = oldest.Add(-recallAge)
+	newest := state.LastSeq
+	if _, err := st.GetMsg(ctx, newest); errors.Is(err, jetstream.ErrMsgNotFound) {
+		newest = 0 // deleted by hand
+	} else if err != nil {
+		return nil, err
+	}
 	end := state.LastSeq + 1 // all from here on is in rs
-	for n := uint64(recallFirst); end > state.FirstSeq && len(rs) < rememberStored; n *= 2 {
+	for n := uint64(recallFirst); end > state.FirstSeq && len(rs) < rememberStored; {
 		from := max(state.FirstSeq, end-min(n, end))
 		var part []*record
 		reached := false // messages too old
+		top := uint64(0)
 		_, err := s.Bus.Replay(ctx, topic.IngressStream, topic.Ingress(s.District), from, func(m *bus.Msg) error {
+			top = m.Seq
 			switch {
 			case m.Seq >= end:
 				return errEnough
@@ -115,6 +123,16 @@ func (s *Service) readBack(ctx context.Context) (rs []*record, err error) {
 			}
 			return nil
 		})
+		if err == nil && top < min(end, newest) {
+			// In a cluster another replica may be asked than the leader, which is not
+			// as far yet.
+			select {
+			case <-ctx.Done():
+				return rs, ctx.Err()
+			case <-time.After(recallRetry):
+			}
+			continue
+		}
 		rs = append(part, rs...)
 		if err != nil && !errors.Is(err, errEnough) {
 			return rs, err
@@ -123,6 +141,7 @@ func (s *Service) readBack(ctx context.Context) (rs []*record, err error) {
 			break
 		}
 		end = from
+		n *= 2
 	}
 	return slices.Clone(rs[max(0, len(rs)-rememberStored):]), nil
 }
