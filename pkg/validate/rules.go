@@ -36,6 +36,7 @@ const (
 	RuleStage          Rule = "stage"
 	RuleExpired        Rule = "expired"
 	RuleRegistry       Rule = "registry"
+	RuleInternal       Rule = "internal" // never by Judge, see [Failed]
 )
 
 var rules = [...]struct {
@@ -72,6 +73,7 @@ var rules = [...]struct {
 	{RuleStage, "A command names a stage of the junction."},
 	{RuleExpired, "A command expires after it was issued, soon, and has not expired long ago."},
 	{RuleRegistry, "A registry change has an action, a type and an id."},
+	{RuleInternal, "Judging the record does not fail by a fault of the program."},
 }
 
 // Rules returns all rules in the order in which they are checked.

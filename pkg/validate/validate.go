@@ -152,6 +152,11 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 	return refuse(RuleSchema, "payload: was not decoded as a %s", e.Kind)
 }
 
+// Failed returns the verdict on a record whose decoding or judging panicked with
+// the value p: it is refused, so that it does not block those behind it. The
+// state that was judging may be half changed; go on with a clone from before.
+func Failed(p any) Verdict { return refuse(RuleInternal, "record: judging it failed: %v", p) }
+
 func change(reg *identity.Registry, c *identity.Change) Verdict {
 	switch {
 	case c.District != reg.District():

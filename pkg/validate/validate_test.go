@@ -437,6 +437,15 @@ func TestRegistryRules(t *testing.T) {
 	}
 }
 
+// A fault of the program is a refusal with its own rule.
+func TestFailed(t *testing.T) {
+	covered[RuleInternal] = true
+	want := Verdict{Rule: RuleInternal, Reason: "record: judging it failed: index out of range"}
+	if got := Failed(errors.New("index out of range")); got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
 // TestZEveryRule runs last: every rule has a text and was shown to refuse.
 func TestZEveryRule(t *testing.T) {
 	names := map[Rule]bool{}

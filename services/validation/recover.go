@@ -157,7 +157,11 @@ func (s *Service) restore(ctx context.Context, ingress, accepted *stream, resume
 			return nil
 		}
 		for _, r := range b.Records {
-			c := wire.Candidate(r.Envelope, r.Salt)
+			c, f := s.decode(r.Envelope, r.Salt)
+			if f != nil {
+				s.log.Error("decoding a record in ACCEPTED failed by a fault of the program", "seq", m.Seq, "err", f.value, "stack", f.stack)
+				continue
+			}
 			s.state.Restore(&c)
 			n++
 		}
@@ -185,7 +189,11 @@ func (s *Service) restoreQuarantined(ctx context.Context, quarantine *stream, re
 				s.log.Error("message in QUARANTINE cannot be decoded", "seq", m.Seq, "err", err)
 				return nil
 			}
-			c := wire.Candidate(q.Envelope, q.Salt)
+			c, f := s.decode(q.Envelope, q.Salt)
+			if f != nil {
+				s.log.Error("decoding a record in QUARANTINE failed by a fault of the program", "seq", m.Seq, "err", f.value, "stack", f.stack)
+				return nil
+			}
 			switch {
 			case c.Frame == nil: // a command's second body; its sender goes on
 			case q.IngressSeq < resume || q.IngressSeq > newest:

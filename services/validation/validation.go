@@ -83,6 +83,8 @@ type Service struct {
 
 	// kill, in tests, ends a session at a named point, as kill -9 would.
 	kill func(point string) error
+	// fault, in tests, panics where a fault of the program would.
+	fault func(step string, raw []byte)
 	// maxGroup is the most messages handled together.
 	maxGroup int
 
@@ -119,7 +121,7 @@ func New(c Config) (*Service, error) {
 	if c.Limits == (validate.Limits{}) {
 		c.Limits = validate.Edge()
 	}
-	s := &Service{cfg: c, reg: c.Registry, log: c.Logger, kill: func(string) error { return nil }, maxGroup: maxGroup}
+	s := &Service{cfg: c, reg: c.Registry, log: c.Logger, kill: func(string) error { return nil }, fault: func(string, []byte) {}, maxGroup: maxGroup}
 	if s.reg == nil {
 		s.reg = c.State
 	}
@@ -291,7 +293,11 @@ func (s *Service) group(ctx context.Context, msgs []jetstream.Msg) error {
 		if first == 0 {
 			first = seq
 		}
-		batch, err := wire.DecodeBatch(m.Data())
+		var batch *pb.Batch
+		if f := try(func() { batch, err = wire.DecodeBatch(m.Data()) }); f != nil {
+			s.log.Error("decoding a message failed by a fault of the program", "seq", seq, "err", f.value, "stack", f.stack)
+			err = f
+		}
 		if err != nil {
 			if err := s.bury(ctx, seq, m, err); err != nil {
 				return err
@@ -356,25 +362,14 @@ type verdict struct {
 // judge applies the rules to each record in order, and returns what to count
 // once the outcome is stored.
 func (s *Service) judge(items []item) (accepted []item, refused []verdict, delta func(*Counts)) {
-	reg := s.reg.Registry()
-	cs := make([]validate.Candidate, len(items))
-	for i, it := range items {
-		cs[i] = wire.Candidate(it.record.Envelope, it.record.Salt)
-	}
-	wire.VerifySignatures(s.verifier, reg, cs)
+	cs, verdicts := s.verdicts(items)
 	var n Counts
 	n.ByRule = map[validate.Rule]uint64{}
 	for i, it := range items {
 		if it.mark != "" {
-			s.state.Quarantine(it.mark)
 			continue
 		}
-		c := &cs[i]
-		now := s.cfg.Now()
-		if ns := it.record.ReceivedUnixNano; ns != 0 {
-			now = time.Unix(0, ns).UTC()
-		}
-		v := s.state.Judge(reg, now, c)
+		c, v := &cs[i], verdicts[i]
 		n.Records++
 		if c.Frame != nil {
 			n.Frames++
