@@ -30,8 +30,13 @@ check: ## format, vet, lint, module and generated-code checks
 gen: ## regenerate api/ from the .proto files
 	cd api && GOWORK=off go tool -modfile=buf.mod buf lint && GOWORK=off go tool -modfile=buf.mod buf generate
 
-bench: build ## run the benchmarks; figures of one run are comparable with each other
+bench: build ## run the benchmarks, the demo and the fixed controller; compare figures of one run only
 	go test -run '^$$' -bench . -benchtime 1s ./pkg/... ./services/...
+	@echo "== demo at its natural rate"; bin/stopline demo --for 20s --json
+	@d=$${STOPLINE_SHARED:-../shared}/scenarios; if command -v sumo >/dev/null && [ -d $$d ]; then \
+	  for m in ingolstadt1 ingolstadt7; do echo "== fixed controller, $$m"; \
+	    bin/stopline simulate --config $$d/$$m/$$m.sumocfg --controller fixed --rules field --json || exit 1; done; \
+	  else echo "== fixed controller: needs sumo and the scenarios (STOPLINE_SHARED); skipped"; fi
 
 fuzz: ## fuzz every parser of outside bytes, 20 s each
 	@for m in pkg services; do for p in $$(cd $$m && go list ./...); do \
