@@ -30,7 +30,7 @@
 // clock without GPS may be off. How much earlier it may be depends on what now is.
 // Validation judges by the time when ingest took the record ([Edge]: 60 s, room
 // for a sender's retries over a bad link). Validators judge by block time
-// ([Block]: 15 min), which is later by as long as the record waited: consensus
+// ([Block]: 50 min), which is later by as long as the record waited: consensus
 // without a quorum, or a district that was restarted, must not lose what it gave
 // receipts for. Replays are stopped by the order of frames, not by the window.
 package validate

@@ -55,10 +55,13 @@ type Limits struct {
 	CommandValidity time.Duration
 }
 
-// Block returns the limits for judging by block time.
+// Block returns the limits for judging by block time. What was receipted and
+// then had to wait for a quorum must not be refused for it, so the window is
+// nearly as long as the streams keep a record that waits (an hour); a repeated
+// record is known by its sequence and not by its age.
 func Block() Limits {
 	return Limits{
-		ClockAhead: 2 * time.Second, ClockBehind: 15 * time.Minute,
+		ClockAhead: 2 * time.Second, ClockBehind: 50 * time.Minute,
 		MaxFrame: 64 << 10, MaxCommand: 4 << 10, MaxChange: identity.MaxEnvelope,
 		MaxEvents: 1024, MaxResults: 64, MaxInterval: 15 * time.Minute,
 		CommandValidity: 10 * time.Second,

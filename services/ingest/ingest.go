@@ -58,7 +58,7 @@ type Config struct {
 	StoreWait time.Duration
 	// MaxBehind is how long ago, by the wall clock, the oldest message may have been
 	// stored that is not decided yet; when it is longer ago, senders are told busy.
-	// 0 means 5 minutes. Validators refuse what is 15 minutes old.
+	// 0 means 5 minutes. Validators refuse what is 50 minutes old.
 	MaxBehind time.Duration
 	// Rand gives salts; nil means crypto/rand.
 	Rand io.Reader
