@@ -204,7 +204,8 @@ type answer struct {
 }
 
 func (a answer) receipt() *pb.Receipt {
-	r := &pb.Receipt{Status: a.status, Reason: a.text}
+	// The text may quote what the sender wrote, and must be text to be sent.
+	r := &pb.Receipt{Status: a.status, Reason: strings.ToValidUTF8(a.text, "\uFFFD")}
 	if a.status == pb.Receipt_STATUS_STORED {
 		r.Commitment, r.Salt = a.commitment[:], a.salt[:]
 	}

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -123,6 +125,9 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	reg, err := identity.NewRegistry(g)
 	if err != nil {
 		return nil, err
+	}
+	if err = filed(reg, o); err != nil {
+		return nil, fmt.Errorf("%s: %w; give another data folder, or run it as it was made", o.dir, err)
 	}
 	validators := reg.Validators()
 
@@ -344,4 +349,32 @@ func (l *local) bundleOf(ctx context.Context, k identity.RecordKind) (index uint
 		}
 	}
 	return 0, nil, fmt.Errorf("no %s is sealed yet", k)
+}
+
+// filed reports whether what is to run is what the district's genesis says: a
+// command names its policy and a frame its detectors, and neither may be other
+// than what was agreed.
+func filed(reg *identity.Registry, o localOptions) error {
+	if name := o.open.PolicyName; name != "" {
+		want, err := json.Marshal(o.open.Policy)
+		if err != nil {
+			return err
+		}
+		if e, ok := reg.Entry(identity.TypePolicy, name); !ok || !bytes.Equal(e.Body, want) {
+			return fmt.Errorf("the district was made with the policy %s %s, not %s", name, e.Body, want)
+		}
+	}
+	if n := len(reg.Junctions()); n != len(o.open.Junctions) {
+		return fmt.Errorf("the district was made with %d junctions, not %d", n, len(o.open.Junctions))
+	}
+	for _, j := range o.open.Junctions {
+		want, err := json.Marshal(j)
+		if err != nil {
+			return err
+		}
+		if e, ok := reg.Entry(identity.TypeJunction, string(j.ID)); !ok || !bytes.Equal(e.Body, want) {
+			return fmt.Errorf("the district was made with another definition of junction %s: other streets, detectors or timing", j.ID)
+		}
+	}
+	return nil
 }

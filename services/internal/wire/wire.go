@@ -9,8 +9,10 @@ package wire
 import (
 	"fmt"
 	"math"
+	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
@@ -355,7 +357,15 @@ func BlockFromProto(m *pb.Block) (*ledger.Block, error) {
 
 // EncodeQuarantined returns the bytes of a record that was refused. Its reason
 // must be valid UTF-8.
-func EncodeQuarantined(m *pb.Quarantined) []byte { return marshal(m) }
+//
+// The reason may quote what a sender wrote: bytes that are no text are replaced.
+func EncodeQuarantined(m *pb.Quarantined) []byte {
+	if !utf8.ValidString(m.Reason) {
+		m = proto.CloneOf(m)
+		m.Reason = strings.ToValidUTF8(m.Reason, "\uFFFD")
+	}
+	return marshal(m)
+}
 
 // DecodeQuarantined decodes a record that was refused.
 func DecodeQuarantined(b []byte) (*pb.Quarantined, error) {

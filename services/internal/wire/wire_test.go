@@ -310,3 +310,12 @@ func hexOf(b []byte) string {
 	}
 	return s.String()
 }
+
+// A reason quotes what somebody sent; that must never stop the encoder.
+func TestEncodeQuarantinedTakesAnyReason(t *testing.T) {
+	m := &pb.Quarantined{Salt: make([]byte, 32), Rule: "schema", Reason: "field \xff\xfe"}
+	got, err := wire.DecodeQuarantined(wire.EncodeQuarantined(m))
+	if err != nil || got.Reason != "field \uFFFD" {
+		t.Errorf("got %q, %v, want the reason with the bytes replaced", got.GetReason(), err)
+	}
+}
