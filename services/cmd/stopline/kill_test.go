@@ -102,6 +102,7 @@ func TestKill(t *testing.T) {
 	var receipts []receipt
 	var sent [][]byte
 	lost := 0
+	resent := map[string]int{} // after which kill
 	var before *logView
 	const kills = 3
 	for i := range kills {
@@ -135,6 +136,7 @@ func TestKill(t *testing.T) {
 		for _, e := range p.lost {
 			d.store("/v1/frames", e)
 			sent = append(sent, e)
+			resent[string(e)] = i + 1
 			lost++
 		}
 		now := d.sealed(receipts...)
@@ -165,7 +167,8 @@ func TestKill(t *testing.T) {
 	have := payloads(t, data)
 	for i, e := range sent {
 		if have[string(e)] != 1 {
-			t.Errorf("frame %d of %d is in the payload store %d times, want once", i, len(sent), have[string(e)])
+			t.Errorf("frame %d of %d is in the payload store %d times, want once; sent again after kill %d (0: never); rejected by validators in the last run: %d, quarantined %v",
+				i, len(sent), have[string(e)], resent[string(e)], r.Rejected, r.Frames.ByRule)
 		}
 	}
 	t.Logf("%d receipts and %d frames without an answer over %d kills, log of %d entries", len(receipts), lost, kills, end.size)
