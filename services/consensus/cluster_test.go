@@ -16,6 +16,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/pkg/validate"
 	"github.com/stopline-traffic/stopline/services/internal/bus"
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
@@ -392,6 +393,9 @@ func TestALargeMessageIsDecidedInParts(t *testing.T) {
 	}
 	if accepted != 4 {
 		t.Errorf("accepted records: got %d, want 4", accepted)
+	}
+	if got := c.nodes[0].v.Stats().RecordsRefused; len(got) != 1 || got[validate.RuleSchema] != 12 {
+		t.Errorf("records refused: got %v, want the 12 that parse as nothing, by %s", got, validate.RuleSchema)
 	}
 	for _, n := range c.all() {
 		eventually(t, "the message is acknowledged", func() bool { return c.pending(n) == 0 })

@@ -531,6 +531,9 @@ func (k *core) apply(p proposal, votes []ledger.Vote) error {
 	return err
 }
 
+// refusalsTold is how many refused records of a block are logged one by one.
+const refusalsTold = 8
+
 // errAhead means that a block is not the next.
 var errAhead = errors.New("not the next block")
 
@@ -583,6 +586,14 @@ func (k *core) applyBlock(m *pb.Block, storeIt bool) (*outcome, error) {
 		}
 	}
 	k.count.block(o)
+	if storeIt {
+		for _, r := range o.refused[:min(len(o.refused), refusalsTold)] {
+			k.log.Warn("record refused", "height", uint64(h.Height), "rule", r.rule, "reason", r.reason, "commitment", fmt.Sprintf("%x", r.commitment))
+		}
+		if n := len(o.refused) - refusalsTold; n > 0 {
+			k.log.Warn("more records refused", "height", uint64(h.Height), "count", n)
+		}
+	}
 	if k.decided != nil {
 		k.decided(wire.BlockToProto(block, o.batches, o.verdicts), o)
 	}

@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/validate"
 )
 
 type counterInt = atomic.Int64
@@ -20,6 +21,7 @@ type counters struct {
 
 	mu      sync.Mutex
 	refused map[string]uint64
+	rules   map[validate.Rule]uint64
 }
 
 func (c *counters) refuse(reason string) {
@@ -35,6 +37,17 @@ func (c *counters) block(o *outcome) {
 	c.blocks.Add(1)
 	c.records.Add(uint64(o.records))
 	c.accepted.Add(uint64(o.accepted))
+	if len(o.refused) == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.rules == nil {
+		c.rules = map[validate.Rule]uint64{}
+	}
+	for _, r := range o.refused {
+		c.rules[r.rule]++
+	}
 }
 
 // Stats is what a validator has counted since its start, and where it is.
@@ -45,6 +58,8 @@ type Stats struct {
 	// Blocks, Records and Accepted count what was applied, replayed blocks
 	// included; Synced the blocks that came from peers, Syncs the attempts.
 	Blocks, Records, Accepted, Synced, Syncs uint64
+	// RecordsRefused counts the records with a verdict against them, by rule.
+	RecordsRefused map[validate.Rule]uint64
 	// Refused counts proposals that were not voted for, by reason.
 	Refused map[string]uint64
 	// Messages between validators: sent, of them sent again, received, dropped
@@ -75,5 +90,6 @@ func (c *counters) stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s.Refused = maps.Clone(c.refused)
+	s.RecordsRefused = maps.Clone(c.rules)
 	return s
 }

@@ -119,12 +119,22 @@ type outcome struct {
 	batches  [][]byte
 	records  int
 	accepted int
+	// refused are the records with a verdict against them.
+	refused []refusedRecord
 
 	parent       ledger.Hash
 	tree         *ledger.Frontier
 	registry     *identity.Registry
 	registryHash ledger.Hash
 	devices      *validate.State
+}
+
+// refusedRecord is why a record has no leaf. It is not part of the block: anyone
+// who replays the block finds the same.
+type refusedRecord struct {
+	commitment ledger.Hash
+	rule       validate.Rule
+	reason     string
 }
 
 // execute judges every record of the requests in their order, at block time at,
@@ -148,9 +158,11 @@ func (s *state) execute(v *identity.Verifier, at time.Time, requests []*request)
 		o.batches = append(o.batches, r.raw)
 		for k := range r.candidates {
 			c := &r.candidates[k]
-			if s.judge(o, height, at, c) {
+			if rule, reason := s.judge(o, height, at, c); rule == "" {
 				o.verdicts.Accept(i)
 				o.leaves = append(o.leaves, ledger.Leaf{Class: ledger.ClassRecord, Commitment: ledger.Commit(c.Salt, c.Raw)})
+			} else {
+				o.refused = append(o.refused, refusedRecord{ledger.Commit(c.Salt, c.Raw), rule, reason})
 			}
 			i++
 		}
@@ -169,20 +181,24 @@ func (s *state) execute(v *identity.Verifier, at time.Time, requests []*request)
 	return o
 }
 
-// judge gives the verdict on one record. Who may sign what is decided by the
-// registry after the parent block; changes to it are tried in their order on a
-// copy that comes into force with the next block.
-func (s *state) judge(o *outcome, height ledger.Height, at time.Time, c *validate.Candidate) bool {
-	if !o.devices.Judge(s.registry, at, c).OK {
-		return false
+// judge gives the verdict on one record: the rule that it breaks and the reason,
+// or neither. Who may sign what is decided by the registry after the parent
+// block; changes to it are tried in their order on a copy that comes into force
+// with the next block.
+func (s *state) judge(o *outcome, height ledger.Height, at time.Time, c *validate.Candidate) (validate.Rule, string) {
+	if v := o.devices.Judge(s.registry, at, c); !v.OK {
+		return v.Rule, v.Reason
 	}
 	if c.Change == nil {
-		return true
+		return "", ""
 	}
 	if o.registry == s.registry {
 		o.registry = s.registry.Clone()
 	}
-	return o.registry.Apply(uint64(height), c.Envelope.Key, *c.Change) == nil
+	if err := o.registry.Apply(uint64(height), c.Envelope.Key, *c.Change); err != nil {
+		return validate.RuleRegistry, err.Error()
+	}
+	return "", ""
 }
 
 // advance makes the outcome of executing on s the new state.

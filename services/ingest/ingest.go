@@ -148,7 +148,8 @@ type Service struct {
 	Config
 	log *slog.Logger
 
-	kick chan struct{} // tells the writer that the queue has changed
+	kick  chan struct{} // tells the writer that the queue has changed
+	ready chan struct{} // closed when records are taken for the first time
 
 	mu       sync.Mutex
 	started  bool   // Run has been called and has not returned
@@ -245,7 +246,7 @@ func New(c Config) (*Service, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	return &Service{
-		Config: c, log: c.Logger, kick: make(chan struct{}, 1),
+		Config: c, log: c.Logger, kick: make(chan struct{}, 1), ready: make(chan struct{}),
 		counts:   Counts{Refused: map[string]uint64{}, Busy: map[string]uint64{}},
 		known:    map[ledger.Hash]*record{},
 		sessions: map[string]*session{},
@@ -343,8 +344,12 @@ func (s *Service) listen(ctx context.Context, closed <-chan nats.Status) error {
 		return fail(err)
 	}
 	s.mu.Lock()
+	first := s.sub == nil
 	s.sub = sub
 	s.mu.Unlock()
+	if first {
+		close(s.ready)
+	}
 	select {
 	case <-ctx.Done():
 	case <-closed:
@@ -361,6 +366,10 @@ func (s *Service) listen(ctx context.Context, closed <-chan nats.Status) error {
 	}
 	return nil
 }
+
+// Ready returns a channel that is closed when Run takes records, over HTTP and
+// over NATS.
+func (s *Service) Ready() <-chan struct{} { return s.ready }
 
 // Listening reports whether the service takes requests from NATS, and the
 // server knows it.

@@ -6,6 +6,10 @@
 // The rules are those of pkg/validate, judged by the time when ingest took the
 // record: a record that had to wait here is not late because of it.
 //
+// What was enrolled in a block that this service does not have yet is no
+// stranger: a refusal that may depend on the registry is given only when the
+// registry is that after the newest block that a quorum has decided.
+//
 // # Neither lost nor doubled
 //
 // For each group of INGRESS messages, refused records are published first, then

@@ -1,6 +1,7 @@
 package validation
 
 import (
+	"context"
 	"fmt"
 	"runtime/debug"
 	"time"
@@ -43,8 +44,12 @@ func (s *Service) decode(raw, salt []byte) (c validate.Candidate, f *fault) {
 // verdicts decodes and judges items in order. A record by which that panics is
 // refused, see [validate.Failed]; to its neighbours it is as if it had not been
 // there. Items with a mark have no verdict.
-func (s *Service) verdicts(items []item) ([]validate.Candidate, []validate.Verdict) {
-	reg := s.reg.Registry()
+//
+// No record is refused by a registry that is older than the newest decided
+// block: its device may have been enrolled there, and its sender has a receipt.
+// An error means that this could not be made sure of.
+func (s *Service) verdicts(ctx context.Context, items []item) ([]validate.Candidate, []validate.Verdict, error) {
+	reg, current := s.reg.Registry(), false
 	cs := make([]validate.Candidate, len(items))
 	out := make([]validate.Verdict, len(items))
 	failed := map[int]bool{}
@@ -87,10 +92,32 @@ func (s *Service) verdicts(items []item) ([]validate.Candidate, []validate.Verdi
 				fail(i, f)
 				s.state = before.Clone()
 				i = from - 1
+			} else if !out[i].OK && !current && byRegistry(out[i].Rule) {
+				if err := s.current(ctx); err != nil {
+					return nil, nil, fmt.Errorf("no record is refused before the registry is current: %w", err)
+				}
+				current = true
+				if now := s.reg.Registry(); now != reg {
+					// A refusal has changed nothing: this one is judged again, with the rest.
+					reg = now
+					s.verify(reg, cs[i:], func(k int, f *fault) { fail(i+k, f) })
+					i--
+				}
 			}
 		}
 	}
-	return cs, out
+	return cs, out, nil
+}
+
+// byRegistry reports whether a refusal by the rule may depend on the registry.
+// The others follow from what the signer has sent before, and from the clock.
+func byRegistry(r validate.Rule) bool {
+	switch r {
+	case validate.RuleQuarantined, validate.RuleDuplicate, validate.RuleEquivocation, validate.RuleReordered, validate.RuleReplay,
+		validate.RuleChain, validate.RuleClockAhead, validate.RuleClockBehind, validate.RuleClockBackwards:
+		return false
+	}
+	return true
 }
 
 // verify verifies the signatures of all candidates at once, and one by one if

@@ -81,6 +81,9 @@ type Service struct {
 	log      *slog.Logger
 	counters counters
 
+	// current waits until the registry is that after the newest decided block.
+	current func(context.Context) error
+
 	// kill, in tests, ends a session at a named point, as kill -9 would.
 	kill func(point string) error
 	// fault, in tests, panics where a fault of the program would.
@@ -122,8 +125,9 @@ func New(c Config) (*Service, error) {
 		c.Limits = validate.Edge()
 	}
 	s := &Service{cfg: c, reg: c.Registry, log: c.Logger, kill: func(string) error { return nil }, fault: func(string, []byte) {}, maxGroup: maxGroup}
+	s.current = func(context.Context) error { return nil }
 	if s.reg == nil {
-		s.reg = c.State
+		s.reg, s.current = c.State, s.reachNewest
 	}
 	return s, nil
 }
@@ -139,6 +143,27 @@ func (s *Service) Run(ctx context.Context) error {
 		run.Actor{Name: "follow the registry", Run: func(ctx context.Context) error {
 			return s.cfg.State.Run(ctx, s.cfg.Follow, func(context.Context, *decided.Block, *identity.Registry) error { return nil })
 		}})
+}
+
+// currentWait is how long to wait for the registry before saying so.
+const currentWait = 5 * time.Second
+
+// reachNewest waits until the registry is that after the newest block that was
+// decided by now.
+func (s *Service) reachNewest(ctx context.Context) error {
+	h, err := decided.Newest(ctx, s.cfg.Follow)
+	if err != nil {
+		return err
+	}
+	for {
+		try, cancel := context.WithTimeout(ctx, currentWait)
+		err := s.cfg.State.Reach(try, h)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		s.log.Warn("waiting for the registry: records would be refused that it allows", "height", uint64(h), "err", err)
+	}
 }
 
 // Waits between sessions.
@@ -315,7 +340,10 @@ func (s *Service) group(ctx context.Context, msgs []jetstream.Msg) error {
 			items = append(items, item{record: r, seq: seq})
 		}
 	}
-	accepted, refused, delta := s.judge(items)
+	accepted, refused, delta, err := s.judge(ctx, items)
+	if err != nil {
+		return err
+	}
 	if err := s.quarantine(ctx, refused); err != nil {
 		return err
 	}
@@ -361,8 +389,11 @@ type verdict struct {
 
 // judge applies the rules to each record in order, and returns what to count
 // once the outcome is stored.
-func (s *Service) judge(items []item) (accepted []item, refused []verdict, delta func(*Counts)) {
-	cs, verdicts := s.verdicts(items)
+func (s *Service) judge(ctx context.Context, items []item) (accepted []item, refused []verdict, delta func(*Counts), err error) {
+	cs, verdicts, err := s.verdicts(ctx, items)
+	if err != nil {
+		return nil, nil, nil, err
+	}
 	var n Counts
 	n.ByRule = map[validate.Rule]uint64{}
 	for i, it := range items {
@@ -383,6 +414,7 @@ func (s *Service) judge(items []item) (accepted []item, refused []verdict, delta
 			if v.Rule == validate.RuleEquivocation && c.Frame != nil {
 				s.log.Error("device quarantined: two frames under one number", "device", c.Frame.Device, "seq", c.Frame.Seq)
 			}
+			s.log.Debug("record quarantined", "rule", v.Rule, "reason", text(v.Reason), "seq", it.seq)
 			refused = append(refused, verdict{it, v})
 			continue
 		}
@@ -398,7 +430,7 @@ func (s *Service) judge(items []item) (accepted []item, refused []verdict, delta
 		}
 		accepted = append(accepted, it)
 	}
-	return accepted, refused, n.addTo
+	return accepted, refused, n.addTo, nil
 }
 
 // accept publishes accepted records in as many messages as their size asks for.

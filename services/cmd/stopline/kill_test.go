@@ -134,7 +134,7 @@ func TestKill(t *testing.T) {
 		// What had no answer is sent again, the same bytes. If it had been stored
 		// before the kill it is a duplicate, and the receipt of now stands for it.
 		for _, e := range p.lost {
-			d.store("/v1/frames", e)
+			receipts = append(receipts, d.store("/v1/frames", e))
 			sent = append(sent, e)
 			resent[string(e)] = i + 1
 			lost++
@@ -170,6 +170,9 @@ func TestKill(t *testing.T) {
 			t.Errorf("frame %d of %d is in the payload store %d times, want once; sent again after kill %d (0: never); rejected by validators in the last run: %d, quarantined %v",
 				i, len(sent), have[string(e)], resent[string(e)], r.Rejected, r.Frames.ByRule)
 		}
+	}
+	if t.Failed() {
+		t.Logf("standard error of the last run:\n%s", d.err)
 	}
 	t.Logf("%d receipts and %d frames without an answer over %d kills, log of %d entries", len(receipts), lost, kills, end.size)
 }

@@ -259,19 +259,25 @@ func (l *local) run(ctx context.Context) error {
 	return run.All(ctx, actors...)
 }
 
-// ready waits until all validators take part, for a service fails on the way
-// done is closed.
+// ready waits until records are taken and all validators take part; where a
+// service fails on the way, done is closed.
 func (l *local) ready(ctx context.Context, done <-chan struct{}) error {
-	for i, v := range l.validators {
+	wait := func(who string, ready <-chan struct{}) error {
 		select {
-		case <-v.Ready():
+		case <-ready:
+			return nil
 		case <-done:
 			return errors.New("a service ended before the district was ready")
 		case <-ctx.Done():
-			return fmt.Errorf("validator %d is not ready: %w", i+1, ctx.Err())
+			return fmt.Errorf("%s is not ready: %w", who, ctx.Err())
 		}
 	}
-	return nil
+	for i, v := range l.validators {
+		if err := wait(fmt.Sprintf("validator %d", i+1), v.Ready()); err != nil {
+			return err
+		}
+	}
+	return wait("ingest", l.ingest.Ready())
 }
 
 // close ends connections before the server, the server, and the files last.

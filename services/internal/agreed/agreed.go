@@ -21,6 +21,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -43,6 +44,11 @@ type State struct {
 	saved    time.Time      // owned by Run
 	registry atomic.Pointer[identity.Registry]
 
+	mu     sync.Mutex
+	height ledger.Height // guarded by mu; the registry is that after this block
+	// moved is closed when height rises; guarded by mu.
+	moved chan struct{}
+
 	// stored is the registry that is on disk, storedSum its snapshot's SHA-256;
 	// owned by Run.
 	stored    *identity.Registry
@@ -64,7 +70,7 @@ func (s *State) snapshotPath(sum []byte) string { return fmt.Sprintf("%s-%x", s.
 // Open returns the state that the file at path holds, or genesis where there is
 // none. With an empty path nothing is ever stored.
 func Open(path string, g *identity.Genesis) (*State, error) {
-	s := &State{path: path}
+	s := &State{path: path, moved: make(chan struct{})}
 	reg, err := identity.NewRegistry(g)
 	if err != nil {
 		return nil, err
@@ -85,6 +91,9 @@ func Open(path string, g *identity.Genesis) (*State, error) {
 		}
 	}
 	s.publish(reg)
+	if s.point != nil {
+		s.height = s.point.Header.Height
+	}
 	return s, nil
 }
 
@@ -143,6 +152,33 @@ func (s *State) publish(reg *identity.Registry) {
 // changed; a later change makes another one. Safe for concurrent use.
 func (s *State) Registry() *identity.Registry { return s.registry.Load() }
 
+// Reach waits until the registry is that after block h, or a later one. Somebody
+// must run [State.Run] meanwhile.
+func (s *State) Reach(ctx context.Context, h ledger.Height) error {
+	for {
+		s.mu.Lock()
+		height, moved := s.height, s.moved
+		s.mu.Unlock()
+		if height >= h {
+			return nil
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return fmt.Errorf("registry: is that after block %d, waiting for block %d: %w", height, h, ctx.Err())
+		}
+	}
+}
+
+// reached tells those who wait in [State.Reach].
+func (s *State) reached(h ledger.Height) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.height = h
+	close(s.moved)
+	s.moved = make(chan struct{})
+}
+
 // Handler is called for each block with the registry by which its records were
 // judged.
 type Handler func(ctx context.Context, b *decided.Block, reg *identity.Registry) error
@@ -190,6 +226,7 @@ func (s *State) Run(ctx context.Context, c decided.Config, f Handler) error {
 		}
 		tree.Append(b.Leaves)
 		s.point = &decided.Point{Header: b.Header, Tree: tree.Clone()}
+		s.reached(b.Header.Height)
 		if dirty = s.path != ""; dirty && time.Since(s.saved) >= saveEvery {
 			save()
 		}

@@ -231,6 +231,50 @@ func Follow(ctx context.Context, c Config, f func(ctx context.Context, b *Block)
 	return err
 }
 
+// Newest returns the height of the newest block that the stream DECISIONS holds
+// with a quorum's votes, 0 where it holds none. One honest copy is enough.
+func Newest(ctx context.Context, c Config) (newest ledger.Height, err error) {
+	st, err := c.Bus.JS.Stream(ctx, topic.DecisionStream)
+	if err != nil {
+		return 0, fmt.Errorf("stream %s: %w", topic.DecisionStream, err)
+	}
+	for _, v := range c.Validators {
+		subject := topic.Decision(c.District, v.Number)
+		m, err := st.GetLastMsgForSubject(ctx, subject)
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("last message of %s: %w", subject, err)
+		}
+		if h, ok := height(m.Data); !ok || h <= newest {
+			continue
+		}
+		h, err := certified(m.Data, c.GenesisHash, c.Validators)
+		if err != nil {
+			continue // whoever follows counts it as junk
+		}
+		newest = max(newest, h.Height)
+	}
+	return newest, nil
+}
+
+// certified returns the header of an encoded block if a quorum has voted for it.
+func certified(data []byte, genesis ledger.Hash, validators []identity.Validator) (ledger.Header, error) {
+	m, err := wire.DecodeBlock(data)
+	if err != nil {
+		return ledger.Header{}, err
+	}
+	b, err := wire.BlockFromProto(m)
+	if err != nil {
+		return ledger.Header{}, err
+	}
+	if b.Header.Genesis != genesis {
+		return ledger.Header{}, fmt.Errorf("block %d: genesis: belongs to another district", b.Header.Height)
+	}
+	return b.Header, ledger.CheckVotes(b.Header.Hash(), b.Metadata, b.Votes, validators)
+}
+
 type message struct {
 	subject string
 	data    []byte
