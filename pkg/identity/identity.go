@@ -60,12 +60,13 @@ const (
 	KindAccess    RecordKind = "access"
 	KindRedaction RecordKind = "redaction"
 	KindAnchor    RecordKind = "anchor"
+	KindHealth    RecordKind = "health"
 )
 
 // Valid reports whether k is one of the kinds above.
 func (k RecordKind) Valid() bool {
 	switch k {
-	case KindFrame, KindImport, KindRequest, KindCommand, KindOverride, KindRegistry, KindAccess, KindRedaction, KindAnchor:
+	case KindFrame, KindImport, KindRequest, KindCommand, KindOverride, KindRegistry, KindAccess, KindRedaction, KindAnchor, KindHealth:
 		return true
 	}
 	return false

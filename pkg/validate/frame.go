@@ -76,8 +76,8 @@ func (s *State) frame(reg *identity.Registry, now time.Time, c *Candidate, h *id
 	if d := f.Time.Sub(now); d > s.limits.ClockAhead {
 		return refuse(RuleClockAhead, "time: %s, at most %s", seconds(d, "ahead of the clock", ""), secs(s.limits.ClockAhead))
 	}
-	if d := now.Sub(f.Time); d > s.limits.ClockBehind {
-		return refuse(RuleClockBehind, "time: %s, at most %s", seconds(d, "behind the clock", ""), secs(s.limits.ClockBehind))
+	if d := now.Sub(f.Time); d > s.limits.LateFrames {
+		return refuse(RuleClockBehind, "time: %s, at most %s", seconds(d, "behind the clock", ""), secs(s.limits.LateFrames))
 	}
 	if src != nil && src.n > 0 && src.newest().epoch == e.epoch {
 		if d := time.Unix(0, src.time).Sub(f.Time); d > 0 {

@@ -23,6 +23,8 @@ type State struct {
 	owner     *owner
 	devices   table[source] // by device
 	junctions table[source] // commands, by junction
+	importers table[source] // imports, by importer
+	healths   table[source] // words on detectors' health, by junction
 }
 
 // NewState returns a state in which nothing has been accepted. Limits that are
@@ -73,6 +75,12 @@ func (s *State) Restore(c *Candidate) {
 	case c.Command != nil:
 		e = commandEntry(c)
 		src, at = s.junctions.edit(string(c.Command.Junction), s.owner), c.Command.Issued.UnixNano()
+	case c.Import != nil:
+		e = importEntry(c)
+		src = s.importers.edit(c.Import.Importer, s.owner)
+	case c.Health != nil:
+		e = healthEntry(c)
+		src, at = s.healths.edit(string(c.Health.Junction), s.owner), c.Health.Time.UnixNano()
 	default:
 		return
 	}
@@ -149,17 +157,19 @@ func (s *source) place(e seen) Rule {
 	return RuleReplay
 }
 
-const stateMagic = "stopline validation state v1\n"
+const stateMagic = "stopline validation state v2\n"
 
 // MarshalBinary returns the canonical encoding: the same bytes for the same
-// state, however it came to be. It holds the magic line, then devices and
-// junctions. Each of the two is a count and then, ordered by name, rows of name,
+// state, however it came to be. It holds the magic line, then devices, junctions,
+// importers and healths. Each of the four is a count and then, ordered by name, rows of name,
 // time, quarantine flag and remembered records from old to new. Integers are
 // big-endian. Limits are not part of it.
 func (s *State) MarshalBinary() ([]byte, error) {
 	b := []byte(stateMagic)
-	b = appendTable(b, &s.devices)
-	return appendTable(b, &s.junctions), nil
+	for _, t := range []*table[source]{&s.devices, &s.junctions, &s.importers, &s.healths} {
+		b = appendTable(b, t)
+	}
+	return b, nil
 }
 
 func appendTable(b []byte, t *table[source]) []byte {
@@ -193,12 +203,14 @@ func appendTable(b []byte, t *table[source]) []byte {
 // wrote; its limits stay. Any other form is refused, and s is then as before.
 func (s *State) UnmarshalBinary(b []byte) error {
 	if !strings.HasPrefix(string(b[:min(len(b), len(stateMagic))]), stateMagic) {
-		return errors.New("validation state: not in the form of stopline validation state v1")
+		return errors.New("validation state: not in the form of stopline validation state v2")
 	}
 	n := State{limits: s.limits, owner: new(owner)}
 	r := reader{b: b[len(stateMagic):]}
 	r.table(&n.devices, n.owner, "devices")
 	r.table(&n.junctions, n.owner, "junctions")
+	r.table(&n.importers, n.owner, "importers")
+	r.table(&n.healths, n.owner, "healths")
 	if r.err == nil && len(r.b) != 0 {
 		r.err = fmt.Errorf("%d bytes after the end", len(r.b))
 	}

@@ -231,10 +231,11 @@ func TestUnmarshalRefuses(t *testing.T) {
 		b    []byte
 		want string
 	}{
-		{"nothing", nil, "validation state: not in the form of stopline validation state v1"},
-		{"another form", patch(0, 'S'), "validation state: not in the form of stopline validation state v1"},
+		{"nothing", nil, "validation state: not in the form of stopline validation state v2"},
+		{"another form", patch(0, 'S'), "validation state: not in the form of stopline validation state v2"},
 		{"longer", append(slices.Clone(good), 0), "validation state: 1 bytes after the end"},
-		{"many rows", patch(at, 255), "validation state: truncated"},
+		{"many rows", patch(at, 255), "validation state: devices[2] \"\": names must rise"},
+		{"truncated", good[:len(good)-1], "validation state: truncated"},
 		{"names fall", patch(at+4+2+1, '3'), "validation state: devices[1] \"d2\": names must rise"},
 		{"flag", patch(at+4+2+2+8, 2), "validation state: devices[0] \"d1\": flag 2, 2 records remembered: at most 1 and 16"},
 		{"remembered", patch(at+4+2+2+9, 17), "validation state: devices[0] \"d1\": flag 0, 17 records remembered: at most 1 and 16"},

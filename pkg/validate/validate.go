@@ -17,10 +17,12 @@ type Candidate struct {
 	Salt ledger.Salt
 	// Envelope shares memory with Raw.
 	Envelope identity.Envelope
-	// One of the three is set, by the envelope's kind.
+	// One of these is set, by the envelope's kind.
 	Frame   *traffic.Frame
 	Command *traffic.Command
 	Change  *identity.Change
+	Import  *traffic.Import
+	Health  *traffic.Health
 	// Err says why the record could not be decoded.
 	Err error
 	// SignatureValid says that the signature is that of the key which the
@@ -44,8 +46,12 @@ type Verdict struct {
 type Limits struct {
 	// ClockAhead and ClockBehind bound how far a record's time may be from now.
 	ClockAhead, ClockBehind time.Duration
-	// MaxFrame, MaxCommand and MaxChange bound payloads, bytes.
-	MaxFrame, MaxCommand, MaxChange int
+	// LateFrames bounds how long after its time a frame may come: a roadside unit
+	// that was cut off sends later what it kept. What is late is history; control
+	// does not act on it. Sequence numbers keep it from being told twice.
+	LateFrames time.Duration
+	// MaxFrame, MaxCommand, MaxChange, MaxImport and MaxHealth bound payloads, bytes.
+	MaxFrame, MaxCommand, MaxChange, MaxImport, MaxHealth int
 	// MaxEvents and MaxResults bound the lists of a frame. Its readings are
 	// bounded by the junction's detectors.
 	MaxEvents, MaxResults int
@@ -61,8 +67,8 @@ type Limits struct {
 // record is known by its sequence and not by its age.
 func Block() Limits {
 	return Limits{
-		ClockAhead: 2 * time.Second, ClockBehind: 50 * time.Minute,
-		MaxFrame: 64 << 10, MaxCommand: 4 << 10, MaxChange: identity.MaxEnvelope,
+		ClockAhead: 2 * time.Second, ClockBehind: 50 * time.Minute, LateFrames: lateFrames + 50*time.Minute,
+		MaxFrame: 64 << 10, MaxCommand: 4 << 10, MaxChange: identity.MaxEnvelope, MaxImport: 64 << 10, MaxHealth: 4 << 10,
 		MaxEvents: 1024, MaxResults: 64, MaxInterval: 15 * time.Minute,
 		CommandValidity: 10 * time.Second,
 	}
@@ -71,14 +77,18 @@ func Block() Limits {
 // Edge returns the limits for judging by the time when ingest took the record.
 func Edge() Limits {
 	l := Block()
-	l.ClockBehind = time.Minute
+	l.ClockBehind, l.LateFrames = time.Minute, lateFrames
 	return l
 }
+
+// lateFrames is how long a roadside unit may be cut off and still be heard of
+// what happened meanwhile.
+const lateFrames = 7 * 24 * time.Hour
 
 func (l Limits) withDefaults() Limits {
 	d := Block()
 	for _, p := range []struct{ have, want *time.Duration }{
-		{&l.ClockAhead, &d.ClockAhead}, {&l.ClockBehind, &d.ClockBehind},
+		{&l.ClockAhead, &d.ClockAhead}, {&l.ClockBehind, &d.ClockBehind}, {&l.LateFrames, &d.LateFrames},
 		{&l.MaxInterval, &d.MaxInterval}, {&l.CommandValidity, &d.CommandValidity},
 	} {
 		if *p.have == 0 {
@@ -87,6 +97,7 @@ func (l Limits) withDefaults() Limits {
 	}
 	for _, p := range []struct{ have, want *int }{
 		{&l.MaxFrame, &d.MaxFrame}, {&l.MaxCommand, &d.MaxCommand}, {&l.MaxChange, &d.MaxChange},
+		{&l.MaxImport, &d.MaxImport}, {&l.MaxHealth, &d.MaxHealth},
 		{&l.MaxEvents, &d.MaxEvents}, {&l.MaxResults, &d.MaxResults},
 	} {
 		if *p.have == 0 {
@@ -124,6 +135,10 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		limit = s.limits.MaxCommand
 	case identity.KindRegistry:
 		limit = s.limits.MaxChange
+	case identity.KindImport:
+		limit = s.limits.MaxImport
+	case identity.KindHealth:
+		limit = s.limits.MaxHealth
 	}
 	if limit > 0 && len(e.Payload) > limit {
 		return refuse(RuleSize, "payload: %s of %d bytes, at most %d", e.Kind, len(e.Payload), limit)
@@ -151,6 +166,10 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		return s.command(reg, now, c)
 	case e.Kind == identity.KindRegistry && c.Change != nil:
 		return change(reg, c.Change)
+	case e.Kind == identity.KindImport && c.Import != nil:
+		return s.imported(reg, now, c, &h)
+	case e.Kind == identity.KindHealth && c.Health != nil:
+		return s.health(reg, now, c)
 	}
 	return refuse(RuleSchema, "payload: was not decoded as a %s", e.Kind)
 }

@@ -22,8 +22,9 @@
 //     the records of it and of later ones that are in ACCEPTED or QUARANTINE
 //     already. A record is known by its salt.
 //   - What was accepted of each device is read from ACCEPTED, as far back as a
-//     record that is still within the clock window could have been accepted
-//     before.
+//     record that came in time could have been accepted before. A frame that is
+//     repeated after longer than that goes on to the validators, whose memory has
+//     no end: they refuse it.
 //   - Devices that had signed two frames under one number are read from
 //     QUARANTINE.
 //

@@ -77,7 +77,7 @@ func (x Receipt_Status) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Receipt_Status.Descriptor instead.
 func (Receipt_Status) EnumDescriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{13, 0}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{15, 0}
 }
 
 // Envelope is signed bytes with the names needed to check them.
@@ -824,6 +824,262 @@ func (x *FrameKey) GetSeq() uint64 {
 	return 0
 }
 
+// Import is a part of a controller's log that somebody else than the controller
+// has brought in and signed: the events of one device in one interval.
+type Import struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	District string                 `protobuf:"bytes,1,opt,name=district,proto3" json:"district,omitempty"`
+	// Service whose key signs.
+	Importer string `protobuf:"bytes,2,opt,name=importer,proto3" json:"importer,omitempty"`
+	// Rises with each import of one importer.
+	Run uint64 `protobuf:"varint,3,opt,name=run,proto3" json:"run,omitempty"`
+	// From 1 within a run, without gaps.
+	Seq uint64 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
+	// Where the events come from, such as a file's name.
+	Log string `protobuf:"bytes,5,opt,name=log,proto3" json:"log,omitempty"`
+	// Of the whole file as it was read.
+	Sha256 []byte `protobuf:"bytes,6,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// What the log calls the controller.
+	Device string `protobuf:"bytes,7,opt,name=device,proto3" json:"device,omitempty"`
+	// End of the interval, exclusive, nanoseconds since 1970 UTC.
+	TimeUnixNano int64  `protobuf:"varint,8,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
+	IntervalMs   uint32 `protobuf:"varint,9,opt,name=interval_ms,json=intervalMs,proto3" json:"interval_ms,omitempty"`
+	// In the order of the log; offset_ms is 1 to interval_ms.
+	Events        []*Event `protobuf:"bytes,10,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Import) Reset() {
+	*x = Import{}
+	mi := &file_stopline_v1_stopline_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Import) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Import) ProtoMessage() {}
+
+func (x *Import) ProtoReflect() protoreflect.Message {
+	mi := &file_stopline_v1_stopline_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Import.ProtoReflect.Descriptor instead.
+func (*Import) Descriptor() ([]byte, []int) {
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Import) GetDistrict() string {
+	if x != nil {
+		return x.District
+	}
+	return ""
+}
+
+func (x *Import) GetImporter() string {
+	if x != nil {
+		return x.Importer
+	}
+	return ""
+}
+
+func (x *Import) GetRun() uint64 {
+	if x != nil {
+		return x.Run
+	}
+	return 0
+}
+
+func (x *Import) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Import) GetLog() string {
+	if x != nil {
+		return x.Log
+	}
+	return ""
+}
+
+func (x *Import) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
+}
+
+func (x *Import) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *Import) GetTimeUnixNano() int64 {
+	if x != nil {
+		return x.TimeUnixNano
+	}
+	return 0
+}
+
+func (x *Import) GetIntervalMs() uint32 {
+	if x != nil {
+		return x.IntervalMs
+	}
+	return 0
+}
+
+func (x *Import) GetEvents() []*Event {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+// Health says that a detector has begun, or ceased, to break a rule of detector
+// health.
+type Health struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	District string                 `protobuf:"bytes,1,opt,name=district,proto3" json:"district,omitempty"`
+	Junction string                 `protobuf:"bytes,2,opt,name=junction,proto3" json:"junction,omitempty"`
+	// Rises with each to a junction.
+	Seq uint64 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
+	// Block that it rests on.
+	Height uint64 `protobuf:"varint,4,opt,name=height,proto3" json:"height,omitempty"`
+	// Frame in that block that decided.
+	RestsOn  *FrameKey `protobuf:"bytes,5,opt,name=rests_on,json=restsOn,proto3" json:"rests_on,omitempty"`
+	Detector string    `protobuf:"bytes,6,opt,name=detector,proto3" json:"detector,omitempty"`
+	Failed   bool      `protobuf:"varint,7,opt,name=failed,proto3" json:"failed,omitempty"`
+	Rule     string    `protobuf:"bytes,8,opt,name=rule,proto3" json:"rule,omitempty"`
+	// Figures, for people.
+	Reason        string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
+	TimeUnixNano  int64  `protobuf:"varint,10,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
+	SinceUnixNano int64  `protobuf:"varint,11,opt,name=since_unix_nano,json=sinceUnixNano,proto3" json:"since_unix_nano,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Health) Reset() {
+	*x = Health{}
+	mi := &file_stopline_v1_stopline_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Health) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Health) ProtoMessage() {}
+
+func (x *Health) ProtoReflect() protoreflect.Message {
+	mi := &file_stopline_v1_stopline_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Health.ProtoReflect.Descriptor instead.
+func (*Health) Descriptor() ([]byte, []int) {
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Health) GetDistrict() string {
+	if x != nil {
+		return x.District
+	}
+	return ""
+}
+
+func (x *Health) GetJunction() string {
+	if x != nil {
+		return x.Junction
+	}
+	return ""
+}
+
+func (x *Health) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *Health) GetHeight() uint64 {
+	if x != nil {
+		return x.Height
+	}
+	return 0
+}
+
+func (x *Health) GetRestsOn() *FrameKey {
+	if x != nil {
+		return x.RestsOn
+	}
+	return nil
+}
+
+func (x *Health) GetDetector() string {
+	if x != nil {
+		return x.Detector
+	}
+	return ""
+}
+
+func (x *Health) GetFailed() bool {
+	if x != nil {
+		return x.Failed
+	}
+	return false
+}
+
+func (x *Health) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *Health) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Health) GetTimeUnixNano() int64 {
+	if x != nil {
+		return x.TimeUnixNano
+	}
+	return 0
+}
+
+func (x *Health) GetSinceUnixNano() int64 {
+	if x != nil {
+		return x.SinceUnixNano
+	}
+	return 0
+}
+
 // Status is a roadside unit's immediate word on a command or a trip, not
 // sealed; the sealed word is in the next frame.
 type Status struct {
@@ -840,7 +1096,7 @@ type Status struct {
 
 func (x *Status) Reset() {
 	*x = Status{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[8]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +1108,7 @@ func (x *Status) String() string {
 func (*Status) ProtoMessage() {}
 
 func (x *Status) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[8]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +1121,7 @@ func (x *Status) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Status.ProtoReflect.Descriptor instead.
 func (*Status) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{8}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Status) GetDistrict() string {
@@ -929,7 +1185,7 @@ type RegistryChange struct {
 
 func (x *RegistryChange) Reset() {
 	*x = RegistryChange{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[9]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -941,7 +1197,7 @@ func (x *RegistryChange) String() string {
 func (*RegistryChange) ProtoMessage() {}
 
 func (x *RegistryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[9]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -954,7 +1210,7 @@ func (x *RegistryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryChange.ProtoReflect.Descriptor instead.
 func (*RegistryChange) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{9}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *RegistryChange) GetDistrict() string {
@@ -1014,7 +1270,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[10]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1026,7 +1282,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[10]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1039,7 +1295,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{10}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Record) GetEnvelope() []byte {
@@ -1076,7 +1332,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[11]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1088,7 +1344,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[11]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1101,7 +1357,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{11}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Batch) GetRecords() []*Record {
@@ -1141,7 +1397,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[12]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1153,7 +1409,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[12]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1166,7 +1422,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{12}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Quarantined) GetEnvelope() []byte {
@@ -1227,7 +1483,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[13]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1239,7 +1495,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[13]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1252,7 +1508,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{13}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Receipt) GetStatus() Receipt_Status {
@@ -1294,7 +1550,7 @@ type VoteSignature struct {
 
 func (x *VoteSignature) Reset() {
 	*x = VoteSignature{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[14]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1306,7 +1562,7 @@ func (x *VoteSignature) String() string {
 func (*VoteSignature) ProtoMessage() {}
 
 func (x *VoteSignature) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[14]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1319,7 +1575,7 @@ func (x *VoteSignature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VoteSignature.ProtoReflect.Descriptor instead.
 func (*VoteSignature) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{14}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *VoteSignature) GetValidator() uint64 {
@@ -1357,7 +1613,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[15]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1369,7 +1625,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[15]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1382,7 +1638,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{15}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Block) GetHeader() []byte {
@@ -1439,7 +1695,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[16]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1451,7 +1707,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[16]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1464,7 +1720,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{16}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SyncRequest) GetFromHeight() uint64 {
@@ -1499,7 +1755,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[17]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1511,7 +1767,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[17]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1524,7 +1780,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{17}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SyncResponse) GetBlocks() []*Block {
@@ -1553,7 +1809,7 @@ type CosignRequest struct {
 
 func (x *CosignRequest) Reset() {
 	*x = CosignRequest{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[18]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1821,7 @@ func (x *CosignRequest) String() string {
 func (*CosignRequest) ProtoMessage() {}
 
 func (x *CosignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[18]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1834,7 @@ func (x *CosignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignRequest.ProtoReflect.Descriptor instead.
 func (*CosignRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{18}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CosignRequest) GetHeight() uint64 {
@@ -1606,7 +1862,7 @@ type CosignResponse struct {
 
 func (x *CosignResponse) Reset() {
 	*x = CosignResponse{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +1874,7 @@ func (x *CosignResponse) String() string {
 func (*CosignResponse) ProtoMessage() {}
 
 func (x *CosignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +1887,7 @@ func (x *CosignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignResponse.ProtoReflect.Descriptor instead.
 func (*CosignResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{19}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CosignResponse) GetSignatureLine() []byte {
@@ -1662,7 +1918,7 @@ type Seal struct {
 
 func (x *Seal) Reset() {
 	*x = Seal{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1674,7 +1930,7 @@ func (x *Seal) String() string {
 func (*Seal) ProtoMessage() {}
 
 func (x *Seal) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1687,7 +1943,7 @@ func (x *Seal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seal.ProtoReflect.Descriptor instead.
 func (*Seal) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{20}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Seal) GetHeight() uint64 {
@@ -1790,7 +2046,33 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1d\n" +
 	"\n" +
 	"boot_epoch\x18\x02 \x01(\x04R\tbootEpoch\x12\x10\n" +
-	"\x03seq\x18\x03 \x01(\x04R\x03seq\"\xdf\x01\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\"\x99\x02\n" +
+	"\x06Import\x12\x1a\n" +
+	"\bdistrict\x18\x01 \x01(\tR\bdistrict\x12\x1a\n" +
+	"\bimporter\x18\x02 \x01(\tR\bimporter\x12\x10\n" +
+	"\x03run\x18\x03 \x01(\x04R\x03run\x12\x10\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq\x12\x10\n" +
+	"\x03log\x18\x05 \x01(\tR\x03log\x12\x16\n" +
+	"\x06sha256\x18\x06 \x01(\fR\x06sha256\x12\x16\n" +
+	"\x06device\x18\a \x01(\tR\x06device\x12$\n" +
+	"\x0etime_unix_nano\x18\b \x01(\x03R\ftimeUnixNano\x12\x1f\n" +
+	"\vinterval_ms\x18\t \x01(\rR\n" +
+	"intervalMs\x12*\n" +
+	"\x06events\x18\n" +
+	" \x03(\v2\x12.stopline.v1.EventR\x06events\"\xca\x02\n" +
+	"\x06Health\x12\x1a\n" +
+	"\bdistrict\x18\x01 \x01(\tR\bdistrict\x12\x1a\n" +
+	"\bjunction\x18\x02 \x01(\tR\bjunction\x12\x10\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x16\n" +
+	"\x06height\x18\x04 \x01(\x04R\x06height\x120\n" +
+	"\brests_on\x18\x05 \x01(\v2\x15.stopline.v1.FrameKeyR\arestsOn\x12\x1a\n" +
+	"\bdetector\x18\x06 \x01(\tR\bdetector\x12\x16\n" +
+	"\x06failed\x18\a \x01(\bR\x06failed\x12\x12\n" +
+	"\x04rule\x18\b \x01(\tR\x04rule\x12\x16\n" +
+	"\x06reason\x18\t \x01(\tR\x06reason\x12$\n" +
+	"\x0etime_unix_nano\x18\n" +
+	" \x01(\x03R\ftimeUnixNano\x12&\n" +
+	"\x0fsince_unix_nano\x18\v \x01(\x03R\rsinceUnixNano\"\xdf\x01\n" +
 	"\x06Status\x12\x1a\n" +
 	"\bdistrict\x18\x01 \x01(\tR\bdistrict\x12\x1a\n" +
 	"\bjunction\x18\x02 \x01(\tR\bjunction\x12\x16\n" +
@@ -1880,7 +2162,7 @@ func file_stopline_v1_stopline_proto_rawDescGZIP() []byte {
 }
 
 var file_stopline_v1_stopline_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_stopline_v1_stopline_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_stopline_v1_stopline_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_stopline_v1_stopline_proto_goTypes = []any{
 	(Receipt_Status)(0),    // 0: stopline.v1.Receipt.Status
 	(*Envelope)(nil),       // 1: stopline.v1.Envelope
@@ -1891,19 +2173,21 @@ var file_stopline_v1_stopline_proto_goTypes = []any{
 	(*CommandResult)(nil),  // 6: stopline.v1.CommandResult
 	(*Command)(nil),        // 7: stopline.v1.Command
 	(*FrameKey)(nil),       // 8: stopline.v1.FrameKey
-	(*Status)(nil),         // 9: stopline.v1.Status
-	(*RegistryChange)(nil), // 10: stopline.v1.RegistryChange
-	(*Record)(nil),         // 11: stopline.v1.Record
-	(*Batch)(nil),          // 12: stopline.v1.Batch
-	(*Quarantined)(nil),    // 13: stopline.v1.Quarantined
-	(*Receipt)(nil),        // 14: stopline.v1.Receipt
-	(*VoteSignature)(nil),  // 15: stopline.v1.VoteSignature
-	(*Block)(nil),          // 16: stopline.v1.Block
-	(*SyncRequest)(nil),    // 17: stopline.v1.SyncRequest
-	(*SyncResponse)(nil),   // 18: stopline.v1.SyncResponse
-	(*CosignRequest)(nil),  // 19: stopline.v1.CosignRequest
-	(*CosignResponse)(nil), // 20: stopline.v1.CosignResponse
-	(*Seal)(nil),           // 21: stopline.v1.Seal
+	(*Import)(nil),         // 9: stopline.v1.Import
+	(*Health)(nil),         // 10: stopline.v1.Health
+	(*Status)(nil),         // 11: stopline.v1.Status
+	(*RegistryChange)(nil), // 12: stopline.v1.RegistryChange
+	(*Record)(nil),         // 13: stopline.v1.Record
+	(*Batch)(nil),          // 14: stopline.v1.Batch
+	(*Quarantined)(nil),    // 15: stopline.v1.Quarantined
+	(*Receipt)(nil),        // 16: stopline.v1.Receipt
+	(*VoteSignature)(nil),  // 17: stopline.v1.VoteSignature
+	(*Block)(nil),          // 18: stopline.v1.Block
+	(*SyncRequest)(nil),    // 19: stopline.v1.SyncRequest
+	(*SyncResponse)(nil),   // 20: stopline.v1.SyncResponse
+	(*CosignRequest)(nil),  // 21: stopline.v1.CosignRequest
+	(*CosignResponse)(nil), // 22: stopline.v1.CosignResponse
+	(*Seal)(nil),           // 23: stopline.v1.Seal
 }
 var file_stopline_v1_stopline_proto_depIdxs = []int32{
 	3,  // 0: stopline.v1.Frame.readings:type_name -> stopline.v1.Reading
@@ -1911,17 +2195,19 @@ var file_stopline_v1_stopline_proto_depIdxs = []int32{
 	5,  // 2: stopline.v1.Frame.signal:type_name -> stopline.v1.Signal
 	6,  // 3: stopline.v1.Frame.results:type_name -> stopline.v1.CommandResult
 	8,  // 4: stopline.v1.Command.rests_on:type_name -> stopline.v1.FrameKey
-	5,  // 5: stopline.v1.Status.signal:type_name -> stopline.v1.Signal
-	6,  // 6: stopline.v1.Status.result:type_name -> stopline.v1.CommandResult
-	11, // 7: stopline.v1.Batch.records:type_name -> stopline.v1.Record
-	0,  // 8: stopline.v1.Receipt.status:type_name -> stopline.v1.Receipt.Status
-	15, // 9: stopline.v1.Block.votes:type_name -> stopline.v1.VoteSignature
-	16, // 10: stopline.v1.SyncResponse.blocks:type_name -> stopline.v1.Block
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	4,  // 5: stopline.v1.Import.events:type_name -> stopline.v1.Event
+	8,  // 6: stopline.v1.Health.rests_on:type_name -> stopline.v1.FrameKey
+	5,  // 7: stopline.v1.Status.signal:type_name -> stopline.v1.Signal
+	6,  // 8: stopline.v1.Status.result:type_name -> stopline.v1.CommandResult
+	13, // 9: stopline.v1.Batch.records:type_name -> stopline.v1.Record
+	0,  // 10: stopline.v1.Receipt.status:type_name -> stopline.v1.Receipt.Status
+	17, // 11: stopline.v1.Block.votes:type_name -> stopline.v1.VoteSignature
+	18, // 12: stopline.v1.SyncResponse.blocks:type_name -> stopline.v1.Block
+	13, // [13:13] is the sub-list for method output_type
+	13, // [13:13] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_stopline_v1_stopline_proto_init() }
@@ -1935,7 +2221,7 @@ func file_stopline_v1_stopline_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_stopline_v1_stopline_proto_rawDesc), len(file_stopline_v1_stopline_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

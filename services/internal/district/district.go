@@ -70,6 +70,7 @@ func DeviceID(j traffic.JunctionID) traffic.DeviceID { return traffic.DeviceID("
 const (
 	SignalControlKey = "signal-control"
 	RegistrarKey     = "registrar"
+	ImporterKey      = "importer" // brings in controllers' logs
 )
 
 // VoteKey and CosignKey name the keys of validator n.
@@ -176,7 +177,15 @@ func create(dir string, o Options) error {
 		return err
 	}
 	if err := entry(identity.TypeService, SignalControlKey, identity.Service{
-		Key: public(control), Signs: []identity.RecordKind{identity.KindCommand}}); err != nil {
+		Key: public(control), Signs: []identity.RecordKind{identity.KindCommand, identity.KindHealth}}); err != nil {
+		return err
+	}
+	importer, err := newKey(o.Rand, keys, ImporterKey)
+	if err != nil {
+		return err
+	}
+	if err := entry(identity.TypeService, ImporterKey, identity.Service{
+		Key: public(importer), Signs: []identity.RecordKind{identity.KindImport}}); err != nil {
 		return err
 	}
 	if o.PolicyName != "" {

@@ -195,14 +195,9 @@ func slowFrame(contentType string, payload []byte) (*traffic.Frame, error) {
 			Vehicles: r.Vehicles, Halted: r.Halted, HeadWaitMS: r.HeadWaitMs, Priority: traffic.Priority(r.Priority),
 		}
 	}
-	for i, e := range m.Events {
-		if e.Code > math.MaxUint16 {
-			return nil, outOf(fmt.Sprintf("events[%d].code", i), e.Code, math.MaxUint16)
-		}
-		if e.Param > math.MaxUint16 {
-			return nil, outOf(fmt.Sprintf("events[%d].param", i), e.Param, math.MaxUint16)
-		}
-		f.Events = append(f.Events, traffic.Event{Code: uint16(e.Code), Param: uint16(e.Param), OffsetMS: e.OffsetMs})
+	var err error
+	if f.Events, err = events(m.Events); err != nil {
+		return nil, err
 	}
 	for _, r := range m.Results {
 		f.Results = append(f.Results, ResultFromProto(r))
@@ -235,6 +230,77 @@ func DecodeCommand(contentType string, payload []byte) (*traffic.Command, error)
 		Policy:  m.Policy, PolicyVersion: m.PolicyVersion, Controller: m.Controller, ControllerVersion: m.ControllerVersion,
 		Issued: time.Unix(0, m.IssuedUnixNano).UTC(), Expires: time.Unix(0, m.ExpiresUnixNano).UTC(),
 		Stage: int(m.Stage), Rule: m.Rule,
+	}, nil
+}
+
+// EncodeImport returns the protobuf payload of an import.
+func EncodeImport(i *traffic.Import) []byte {
+	m := &pb.Import{
+		District: string(i.District), Importer: i.Importer, Run: i.Run, Seq: i.Seq, Log: i.Log, Sha256: i.SHA256[:], Device: string(i.Device),
+		TimeUnixNano: i.Time.UnixNano(), IntervalMs: uint32(i.Interval / time.Millisecond), Events: make([]*pb.Event, len(i.Events)),
+	}
+	for k, e := range i.Events {
+		m.Events[k] = &pb.Event{Code: uint32(e.Code), Param: uint32(e.Param), OffsetMs: e.OffsetMS}
+	}
+	return marshal(m)
+}
+
+// DecodeImport decodes an import's payload. Errors name the field and the rule.
+func DecodeImport(contentType string, payload []byte) (*traffic.Import, error) {
+	var m pb.Import
+	if err := Decode(contentType, payload, &m); err != nil {
+		return nil, err
+	}
+	if len(m.Sha256) != 32 {
+		return nil, kind.Errorf(kind.Invalid, "sha256: %d bytes, must be 32", len(m.Sha256))
+	}
+	i := &traffic.Import{
+		District: traffic.DistrictID(m.District), Importer: m.Importer, Run: m.Run, Seq: m.Seq, Log: m.Log, SHA256: [32]byte(m.Sha256),
+		Device: traffic.DeviceID(m.Device), Time: time.Unix(0, m.TimeUnixNano).UTC(), Interval: time.Duration(m.IntervalMs) * time.Millisecond,
+	}
+	var err error
+	i.Events, err = events(m.Events)
+	return i, err
+}
+
+func events(ms []*pb.Event) ([]traffic.Event, error) {
+	if len(ms) == 0 {
+		return nil, nil
+	}
+	out := make([]traffic.Event, len(ms))
+	for i, e := range ms {
+		if e.Code > math.MaxUint16 {
+			return nil, outOf(fmt.Sprintf("events[%d].code", i), e.Code, math.MaxUint16)
+		}
+		if e.Param > math.MaxUint16 {
+			return nil, outOf(fmt.Sprintf("events[%d].param", i), e.Param, math.MaxUint16)
+		}
+		out[i] = traffic.Event{Code: uint16(e.Code), Param: uint16(e.Param), OffsetMS: e.OffsetMs}
+	}
+	return out, nil
+}
+
+// EncodeHealth returns the protobuf payload of a word on a detector's health.
+func EncodeHealth(h *traffic.Health) []byte {
+	return marshal(&pb.Health{
+		District: string(h.District), Junction: string(h.Junction), Seq: h.Seq, Height: h.Height,
+		RestsOn:  &pb.FrameKey{Device: string(h.RestsOn.Device), BootEpoch: h.RestsOn.BootEpoch, Seq: h.RestsOn.Seq},
+		Detector: string(h.Detector), Failed: h.Failed, Rule: h.Rule, Reason: h.Reason,
+		TimeUnixNano: h.Time.UnixNano(), SinceUnixNano: h.Since.UnixNano(),
+	})
+}
+
+// DecodeHealth decodes the payload of a word on a detector's health.
+func DecodeHealth(contentType string, payload []byte) (*traffic.Health, error) {
+	var m pb.Health
+	if err := Decode(contentType, payload, &m); err != nil {
+		return nil, err
+	}
+	return &traffic.Health{
+		District: traffic.DistrictID(m.District), Junction: traffic.JunctionID(m.Junction), Seq: m.Seq, Height: m.Height,
+		RestsOn:  traffic.FrameKey{Device: traffic.DeviceID(m.RestsOn.GetDevice()), BootEpoch: m.RestsOn.GetBootEpoch(), Seq: m.RestsOn.GetSeq()},
+		Detector: traffic.DetectorID(m.Detector), Failed: m.Failed, Rule: m.Rule, Reason: m.Reason,
+		Time: time.Unix(0, m.TimeUnixNano).UTC(), Since: time.Unix(0, m.SinceUnixNano).UTC(),
 	}, nil
 }
 
@@ -285,6 +351,10 @@ func Candidate(raw, salt []byte) validate.Candidate {
 		c.Frame, c.Err = DecodeFrame(e.ContentType, e.Payload)
 	case identity.KindCommand:
 		c.Command, c.Err = DecodeCommand(e.ContentType, e.Payload)
+	case identity.KindImport:
+		c.Import, c.Err = DecodeImport(e.ContentType, e.Payload)
+	case identity.KindHealth:
+		c.Health, c.Err = DecodeHealth(e.ContentType, e.Payload)
 	case identity.KindRegistry:
 		var ch identity.Change
 		if ch, c.Err = DecodeChange(e.ContentType, e.Payload); c.Err == nil {
