@@ -509,3 +509,55 @@ func TestGoldenBundle(t *testing.T) {
 		t.Errorf("got %s, %v, want pass", r.Outcome, err)
 	}
 }
+
+// TestBundleOfAnImport: what somebody else than the controller brought in is
+// theirs, and the bundle says so.
+func TestBundleOfAnImport(t *testing.T) {
+	d := ledgertest.New("import", 4)
+	c := d.NewChain()
+	c.Decide([]ledgertest.Record{d.FileImporter(1)})
+	at := c.Decide([]ledgertest.Record{d.Import(ledgertest.Importer, 7, 1, ledgertest.Start)}).Header.PrevSize
+	c.Decide([]ledgertest.Record{d.Frame(1, ledgertest.Start)})
+	raw := c.Bundle(at + 1).Marshal()
+	r, err := ledger.VerifyBundle(raw, policy(t, d.Policy))
+	if err != nil || r.Outcome != ledger.Pass {
+		t.Fatalf("got %s, %v, want pass", r.Outcome, err)
+	}
+	if got, want := r.Records[0].Signer, "service importer"; got != want {
+		t.Errorf("signer: got %q, want %q", got, want)
+	}
+	want := `import 1 of run 7 by "importer": 1 events over 1000 ms of the controller that the log "2026-11-01.csv" calls "227"; the controller did not sign them`
+	if got := r.Records[0].Claims.Summary; got != want {
+		t.Errorf("summary: got %q, want %q", got, want)
+	}
+	const not = "whoever brought the log in signed it, the controller did not"
+	z, err := zip.NewReader(bytes.NewReader(raw), int64(len(raw)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var statement []byte
+	for _, f := range z.File {
+		if f.Name == "statement.txt" {
+			if in, err := f.Open(); err == nil {
+				statement, err = io.ReadAll(in)
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	for what, text := range map[string]string{"report": r.Text(), "statement": string(statement)} {
+		if strings.Count(text, not) != 1 {
+			t.Errorf("%s: want it to say once %q, got\n%s", what, not, text)
+		}
+	}
+	at = c.Decide([]ledgertest.Record{d.Import("somebody", 7, 2, ledgertest.Start)}).Header.PrevSize
+	c.Decide([]ledgertest.Record{d.Frame(2, ledgertest.Start)})
+	if r, err := ledger.VerifyBundle(c.Bundle(at+1).Marshal(), policy(t, d.Policy)); err == nil || !strings.Contains(err.Error(), "names importer") {
+		t.Errorf("an import that names another importer: got %s, %v, want a failure", r.Outcome, err)
+	}
+	_, _, b := evidence(t)
+	if r, _ := ledger.VerifyBundle(b.Marshal(), nil); strings.Contains(r.Text(), not) {
+		t.Errorf("a bundle without an import says %q", not)
+	}
+}

@@ -43,6 +43,20 @@ func Describe(e identity.Envelope) Claims {
 			c.Seq, c.Junction, f.number(12, "stage"), f.text(8, "controller"), f.text(9, "controllerVersion"),
 			f.text(6, "policy"), f.text(7, "policyVersion"), f.number(4, "height"), f.text(13, "rule"))
 		return c
+	case identity.KindImport:
+		c := Claims{District: f.text(1, "district"), Device: f.text(7, "device"), Seq: f.number(4, "seq"), Time: f.time(8, "timeUnixNano")}
+		c.Summary = fmt.Sprintf("import %d of run %d by %.128q: %d events over %d ms of the controller that the log %.256q calls %.128q; the controller did not sign them",
+			c.Seq, f.number(3, "run"), f.text(2, "importer"), f.count(10, "events"), f.number(9, "intervalMs"), f.text(5, "log"), c.Device)
+		return c
+	case identity.KindHealth:
+		c := Claims{District: f.text(1, "district"), Junction: f.text(2, "junction"), Seq: f.number(3, "seq"), Time: f.time(10, "timeUnixNano")}
+		breaks := "ceased to break"
+		if f.flag(7, "failed") {
+			breaks = "begun to break"
+		}
+		c.Summary = fmt.Sprintf("detector %.128q at junction %q has %s the rule %.128q: %.256q; resting on block %d",
+			f.text(6, "detector"), c.Junction, breaks, f.text(8, "rule"), f.text(9, "reason"), f.number(4, "height"))
+		return c
 	case identity.KindRegistry:
 		return Claims{District: f.text(1, "district"),
 			Summary: fmt.Sprintf("registry change: %.20q of %.20q %.128q", f.text(2, "action"), f.text(3, "type"), f.text(4, "id"))}
@@ -142,6 +156,13 @@ func (f *fields) number(n int, name string) uint64 {
 		return 0
 	}
 	return v
+}
+
+func (f *fields) flag(n int, name string) bool {
+	if f.json == nil {
+		return f.numbers[n] != 0
+	}
+	return string(f.raw(name)) == "true"
 }
 
 func (f *fields) count(n int, name string) int {

@@ -329,12 +329,40 @@ func (v *verifier) record(r *BundleRecord, k *BundleBlock, entries map[int64]ide
 	if e.Kind == identity.KindFrame && c.Device != entry.ID {
 		return 0, fmt.Errorf("payload: names device %.60q, it is signed by %s", c.Device, who)
 	}
+	if by, ok := importer(e); ok && by != entry.ID {
+		return 0, fmt.Errorf("payload: names importer %.60q, it is signed by %s", by, who)
+	}
+	for _, l := range unproven(e.Kind) {
+		if !slices.Contains(v.r.DoesNotProve, l) {
+			v.r.DoesNotProve = append(slices.Clip(v.r.DoesNotProve), l)
+		}
+	}
 	h := sha256.Sum256(e.Payload)
 	v.r.Records = append(v.r.Records, RecordReport{
 		Index: r.Index, Height: k.Header.Height, BlockTime: k.Header.Time, Kind: e.Kind, ContentType: e.ContentType,
 		Signer: who, Key: e.Key, Payload: hex.EncodeToString(h[:]), Claims: c,
 	})
 	return at, nil
+}
+
+// importer returns the name that an import gives its signer.
+func importer(e identity.Envelope) (string, bool) {
+	if e.Kind != identity.KindImport {
+		return "", false
+	}
+	f, ok := readFields(e)
+	if !ok {
+		return "", false
+	}
+	return f.text(2, "importer"), true
+}
+
+// unproven returns what records of a kind, besides all others, do not prove.
+func unproven(k identity.RecordKind) []string {
+	if k == identity.KindImport {
+		return []string{"that a controller logged what an import says: whoever brought the log in signed it, the controller did not"}
+	}
+	return nil
 }
 
 // signer finds the entry that holds a key.
@@ -491,8 +519,18 @@ func (b *Bundle) statement() string {
 			fmt.Fprintf(&s, "- %s\n", f[1])
 		}
 	}
+	not := doesNotProve
+	for _, r := range b.Records {
+		if e, err := identity.ParseEnvelope(r.Envelope); err == nil {
+			for _, l := range unproven(e.Kind) {
+				if !slices.Contains(not, l) {
+					not = append(slices.Clip(not), l)
+				}
+			}
+		}
+	}
 	fmt.Fprintf(&s, "\nIf it verifies, it proves:\n- %s\n\nIt does not prove:\n- %s\n",
-		strings.Join(proves, "\n- "), strings.Join(doesNotProve, "\n- "))
+		strings.Join(proves, "\n- "), strings.Join(not, "\n- "))
 	return s.String()
 }
 

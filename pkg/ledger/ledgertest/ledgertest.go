@@ -30,6 +30,7 @@ const (
 	Device    = "rsu-J1"
 	Control   = "signal-control"
 	Registrar = "registrar"
+	Importer  = "importer"
 )
 
 // Start is the time at which districts are created.
@@ -52,6 +53,7 @@ type District struct {
 	DeviceKey   ed25519.PrivateKey
 	ControlKey  ed25519.PrivateKey
 	Registrar   ed25519.PrivateKey
+	ImporterKey ed25519.PrivateKey
 	Validators  []identity.Validator
 }
 
@@ -102,7 +104,7 @@ func New(seed string, n int) *District {
 	}
 	fmt.Fprintf(&policy, "group validators %d %s\nquorum validators\n", ledger.Quorum(n), strings.Join(Departments[:n], " "))
 	d.Policy = policy.Bytes()
-	d.DeviceKey, d.ControlKey, d.Registrar = key(r), key(r), key(r)
+	d.DeviceKey, d.ControlKey, d.Registrar, d.ImporterKey = key(r), key(r), key(r), key(r)
 	entry(identity.TypeJunction, Junction, &traffic.Junction{
 		ID: Junction, Name: "Quay Street", LatE6: 59_910_000, LonE6: 10_750_000,
 		Lanes:     []traffic.Lane{{ID: "in", LengthCM: 10_000, SpeedCMS: 1389, Capacity: 13}, {ID: "out", LengthCM: 10_000, SpeedCMS: 1389, Capacity: 13}},
@@ -180,6 +182,31 @@ func (d *District) Frame(seq uint64, at time.Time) Record {
 	reading := field(field(nil, 1, "D1"), 2, uint64(1))
 	b = field(b, 9, string(reading))
 	return NewRecord(d.DeviceKey, identity.KindFrame, identity.Protobuf, b)
+}
+
+// FileImporter returns the change that files the service [Importer]; genesis does
+// not know it.
+func (d *District) FileImporter(nonce uint64) Record {
+	body := must(json.Marshal(identity.Service{Key: public(d.ImporterKey), Signs: []identity.RecordKind{identity.KindImport}}))
+	return d.Change(identity.Change{Action: "put", Type: identity.TypeService, ID: Importer, Body: body, Nonce: nonce})
+}
+
+// Import returns one second of a controller's log that the service of that name
+// has brought in, as protobuf. It is signed by the district's importer, whatever
+// it says.
+func (d *District) Import(importer string, run, seq uint64, at time.Time) Record {
+	b := field(nil, 1, string(d.ID))
+	b = field(b, 2, importer)
+	b = field(b, 3, run)
+	b = field(b, 4, seq)
+	b = field(b, 5, "2026-11-01.csv")
+	b = field(b, 6, strings.Repeat("s", 32))
+	b = field(b, 7, "227")
+	b = field(b, 8, uint64(at.UnixNano()))
+	b = field(b, 9, uint64(1000))
+	event := field(field(field(nil, 1, uint64(82)), 2, uint64(27)), 3, uint64(100))
+	b = field(b, 10, string(event))
+	return NewRecord(d.ImporterKey, identity.KindImport, identity.Protobuf, b)
 }
 
 // Command returns a command of signal-control, as protobuf.
