@@ -12,12 +12,10 @@ import (
 	"math"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
-	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/timing"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/pkg/validate"
@@ -227,7 +225,8 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	seconds := time.Since(began).Seconds()
 	r := demoReport{District: l.district.Genesis.District, Seconds: seconds, Data: dir}
 	settleErr := l.settle(units, servicesDone)
-	evidenceErr := l.evidence(&r)
+	r.Evidence.Policy = filepath.Join(dir, "policy")
+	evidenceErr := l.prove(identity.KindCommand, &r.Evidence.Path, &r.Evidence.Verified)
 	l.report(&r, units)
 	if err := errors.Join(streetErr, settleErr, evidenceErr, finish()); err != nil {
 		return err
@@ -405,35 +404,6 @@ func (l *local) settle(units []*roadside.Unit, servicesDone <-chan struct{}) err
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
-}
-
-// evidence writes a bundle of the newest command that can be proven, and
-// verifies it as `stopline verify --policy` would.
-func (l *local) evidence(r *demoReport) error {
-	r.Evidence.Policy = filepath.Join(l.district.Dir, "policy")
-	ctx, cancel := context.WithTimeout(context.Background(), finishWait)
-	defer cancel()
-	index, bundle, err := l.bundleOf(ctx, identity.KindCommand)
-	if err != nil {
-		return fmt.Errorf("evidence: %w", err)
-	}
-	r.Evidence.Path = filepath.Join(l.district.Dir, "evidence", fmt.Sprintf("command-%d.zip", index))
-	if err := os.MkdirAll(filepath.Dir(r.Evidence.Path), 0o755); err != nil {
-		return err
-	}
-	if err := district.WriteFile(r.Evidence.Path, bundle, 0o644); err != nil {
-		return err
-	}
-	policy, err := ledger.ParsePolicy(l.district.Policy)
-	if err != nil {
-		return err
-	}
-	rep, err := ledger.VerifyBundle(bundle, policy)
-	if err != nil {
-		return fmt.Errorf("evidence: %w", err)
-	}
-	r.Evidence.Verified = rep.Outcome == ledger.Pass
-	return nil
 }
 
 func (l *local) report(r *demoReport, units []*roadside.Unit) {

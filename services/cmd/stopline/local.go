@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/audit"
@@ -355,6 +356,34 @@ func (l *local) bundleOf(ctx context.Context, k identity.RecordKind) (index uint
 		}
 	}
 	return 0, nil, fmt.Errorf("no %s is sealed yet", k)
+}
+
+// prove writes a bundle of the newest record of a kind that can be proven, and
+// verifies it as `stopline verify --policy` would.
+func (l *local) prove(k identity.RecordKind, path *string, verified *bool) error {
+	ctx, cancel := context.WithTimeout(context.Background(), finishWait)
+	defer cancel()
+	index, bundle, err := l.bundleOf(ctx, k)
+	if err != nil {
+		return fmt.Errorf("evidence: %w", err)
+	}
+	*path = filepath.Join(l.district.Dir, "evidence", fmt.Sprintf("%s-%d.zip", k, index))
+	if err := os.MkdirAll(filepath.Dir(*path), 0o755); err != nil {
+		return err
+	}
+	if err := district.WriteFile(*path, bundle, 0o644); err != nil {
+		return err
+	}
+	policy, err := ledger.ParsePolicy(l.district.Policy)
+	if err != nil {
+		return err
+	}
+	rep, err := ledger.VerifyBundle(bundle, policy)
+	if err != nil {
+		return fmt.Errorf("evidence: %w", err)
+	}
+	*verified = rep.Outcome == ledger.Pass
+	return nil
 }
 
 // filed reports whether what is to run is what the district's genesis says: a
