@@ -15,6 +15,12 @@ import (
 func shared(t *testing.T, name string) string {
 	t.Helper()
 	optional(t, "sumo", "STOPLINE_REQUIRE_SUMO")
+	return sharedFile(t, "scenarios", name, name+".sumocfg")
+}
+
+// sharedFile returns the path of a file that lies beside the repository.
+func sharedFile(t *testing.T, elem ...string) string {
+	t.Helper()
 	dir := os.Getenv("STOPLINE_SHARED")
 	if dir == "" {
 		root, err := os.Getwd()
@@ -28,14 +34,14 @@ func shared(t *testing.T, name string) string {
 			}
 		}
 	}
-	path := filepath.Join(dir, "scenarios", name, name+".sumocfg")
+	path := filepath.Join(append([]string{dir}, elem...)...)
 	if _, err := os.Stat(path); err == nil {
 		return path
 	}
 	if os.Getenv("STOPLINE_REQUIRE_SHARED") == "1" {
 		t.Fatalf("%s is not there, and STOPLINE_REQUIRE_SHARED=1 says that it must be", path)
 	}
-	t.Skip("needs the shared scenarios (STOPLINE_SHARED, or ../shared beside the repository); STOPLINE_REQUIRE_SHARED=1 makes this a failure")
+	t.Skip("needs the shared data and scenarios (STOPLINE_SHARED, or ../shared beside the repository); STOPLINE_REQUIRE_SHARED=1 makes this a failure")
 	return ""
 }
 
