@@ -85,25 +85,25 @@ type ParamKind uint8
 // The kinds of parameters.
 const (
 	// ParamUnknown is that of an event outside the enumeration.
-	ParamUnknown ParamKind = iota
-	ParamPhase             // number of a phase
-	ParamBarrier           // number of a barrier
-	ParamFYA               // number of a flashing yellow arrow
-	ParamOverlap           // number of an overlap, A = 1
-	ParamDetector          // channel of a vehicle detector
-	ParamPedDetector       // channel of a pedestrian detector
-	ParamPreempt           // number of a pre-emption
-	ParamPriority          // number of a priority strategy
-	ParamPattern           // number of a coordination pattern
-	ParamSeconds           // seconds
-	ParamCycleState        // 0 free, 1 in step, 2 to 4 transition, 5 local zero, 6 begin pick-up
-	ParamLogic             // number of a logic statement
-	ParamStatus            // a status of NTCIP 1202
-	ParamInput             // number of a test input
-	ParamFunction          // number of a special function
-	ParamSwitch            // 0 or 1
-	ParamAlarm             // number of an alarm
-	ParamVendor            // as the manufacturer says
+	ParamUnknown     ParamKind = iota
+	ParamPhase                 // number of a phase
+	ParamBarrier               // number of a barrier
+	ParamFYA                   // number of a flashing yellow arrow
+	ParamOverlap               // number of an overlap, A = 1
+	ParamDetector              // channel of a vehicle detector
+	ParamPedDetector           // channel of a pedestrian detector
+	ParamPreempt               // number of a pre-emption
+	ParamPriority              // number of a priority strategy
+	ParamPattern               // number of a coordination pattern
+	ParamSeconds               // seconds
+	ParamCycleState            // 0 free, 1 in step, 2 to 4 transition, 5 local zero, 6 begin pick-up
+	ParamLogic                 // number of a logic statement
+	ParamStatus                // a status of NTCIP 1202
+	ParamInput                 // number of a test input
+	ParamFunction              // number of a special function
+	ParamSwitch                // 0 or 1
+	ParamAlarm                 // number of an alarm
+	ParamVendor                // as the manufacturer says
 )
 
 var paramNames = [...]string{"unknown", "phase", "barrier", "flashing yellow arrow", "overlap", "detector channel",
