@@ -21,8 +21,9 @@ import (
 //
 //	POST /v1/frames    records of kind frame
 //	POST /v1/records   records of any kind
+//	POST /v1/batch     many at once, see [BatchLimits]
 //
-// The body is one stopline.v1.Envelope, as application/x-protobuf in any
+// The body of the first two is one stopline.v1.Envelope, as application/x-protobuf in any
 // encoding, or as application/json in protobuf's JSON form; payload and
 // signature are base64 there. The payload's bytes are stored as they came. The
 // commitment is to the canonical encoding, see package identity.
@@ -40,6 +41,7 @@ import (
 func (s *Service) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/frames", func(w http.ResponseWriter, r *http.Request) { s.post(w, r, identity.KindFrame) })
+	mux.HandleFunc("POST /v1/batch", s.postBatch)
 	mux.HandleFunc("POST /v1/records", func(w http.ResponseWriter, r *http.Request) { s.post(w, r, "") })
 	return mux
 }
@@ -50,12 +52,12 @@ const retryAfter = "1"
 func (s *Service) post(w http.ResponseWriter, r *http.Request, only identity.RecordKind) {
 	envelope, ref, status := s.body(w, r, only)
 	if ref != nil {
-		s.refuse(turn{}, ref, func(answer) {})
+		s.refuse(turn{door: DoorHTTP}, ref, func(answer) {})
 		problem(w, status, ref.reason, ref.field, ref.text)
 		return
 	}
 	answers := make(chan answer, 1)
-	s.take(envelope, turn{}, func(a answer) { answers <- a })
+	s.take(envelope, turn{door: DoorHTTP}, func(a answer) { answers <- a })
 	var a answer
 	select {
 	case a = <-answers:

@@ -62,6 +62,8 @@ type Config struct {
 	MaxBehind time.Duration
 	// Rand gives salts; nil means crypto/rand.
 	Rand io.Reader
+	// Batch bounds requests that carry many records.
+	Batch BatchLimits
 }
 
 // Validate reports everything that is wrong with c.
@@ -87,7 +89,7 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("ingest: %s: %d, must be 0 to %d", f.name, f.value, f.max))
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, c.Batch.validate(c.MaxRecord))...)
 }
 
 // overhead is more than a record adds to its envelope in a batch: salt, time,
@@ -136,11 +138,36 @@ type Counts struct {
 	Refused, Busy map[string]uint64
 	// Pending requests have no answer yet.
 	Pending uint64
+	// Doors says the same by where requests came in: one of the Door constants.
+	Doors map[string]DoorCounts
 	// Batches and Bytes stored in the stream.
 	Batches, Bytes uint64
 	// Lost requests were dropped by the NATS client because we were too slow; the
 	// sender gets no answer and sends again. They are not in Received.
 	Lost uint64
+}
+
+// Doors by which records come. Whoever holds records for a sender and tries them
+// again while we are busy is counted for each try, as a sender on NATS is.
+const (
+	DoorNATS  = "nats"
+	DoorHTTP  = "http"  // single records
+	DoorBatch = "batch" // many in one request, by HTTP or gRPC
+	DoorGRPC  = "grpc"  // streams
+)
+
+// DoorCounts counts requests with one record, and answers to them. What is
+// neither has no answer yet.
+type DoorCounts struct{ Received, Stored, Refused, Busy uint64 }
+
+// at returns the counts of a door. Caller holds mu.
+func (s *Service) at(door string) *DoorCounts {
+	c := s.doors[door]
+	if c == nil {
+		c = &DoorCounts{}
+		s.doors[door] = c
+	}
+	return c
 }
 
 // Service takes records. Make it with [New], run it with [Service.Run].
@@ -155,7 +182,8 @@ type Service struct {
 	started  bool   // Run has been called and has not returned
 	running  bool   // records are taken
 	behind   string // why no new records are taken, by the guard; mostly empty
-	counts   Counts // but for Pending
+	counts   Counts // but for Pending and Doors
+	doors    map[string]*DoorCounts
 	queue    []*record
 	queued   int                     // bytes in queue
 	held     int                     // records queued or on their way
@@ -165,6 +193,8 @@ type Service struct {
 	sessions map[string]*session     // by subject and session id
 	sessAge  ring[string]            // bounds sessions
 	sub      *nats.Subscription
+
+	batches chan struct{} // requests with many records that are in hand
 }
 
 const (
@@ -180,8 +210,6 @@ type record struct {
 	commitment ledger.Hash // set once stored
 	done       bool
 	waiters    []waiter
-	session    *session // may be nil
-	number     uint64
 	arrived    time.Time // wall clock
 	received   int64     // Config.Now, nanoseconds
 }
@@ -190,9 +218,13 @@ type record struct {
 // queue do not count those that bring the same bytes again.
 const maxWaiters = 64
 
+// waiter is one request for a record.
 type waiter struct {
-	first  bool
-	answer func(answer)
+	first   bool
+	door    string
+	session *session // nil if the request has no place in one
+	number  uint64
+	answer  func(answer)
 }
 
 // answer is what a sender is told.
@@ -218,8 +250,10 @@ type session struct{ next uint64 }
 
 // turn is a record's place in a session; the zero value has none.
 type turn struct {
-	session      string
+	session      string   // of a sender elsewhere, or
+	own          *session // of a row of this process
 	number, base uint64
+	door         string
 }
 
 // New returns a service that is not running yet.
@@ -245,7 +279,9 @@ func New(c Config) (*Service, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
+	c.Batch = c.Batch.orDefaults()
 	return &Service{
+		doors: map[string]*DoorCounts{}, batches: make(chan struct{}, c.Batch.Requests),
 		Config: c, log: c.Logger, kick: make(chan struct{}, 1), ready: make(chan struct{}),
 		counts:   Counts{Refused: map[string]uint64{}, Busy: map[string]uint64{}},
 		known:    map[ledger.Hash]*record{},
@@ -260,6 +296,10 @@ func (s *Service) Counts() Counts {
 	defer s.mu.Unlock()
 	c := s.counts
 	c.Refused, c.Busy = maps.Clone(c.Refused), maps.Clone(c.Busy)
+	c.Doors = make(map[string]DoorCounts, len(s.doors))
+	for d, n := range s.doors {
+		c.Doors[d] = *n
+	}
 	c.Pending = c.Received - c.Stored - c.Again
 	for _, m := range []map[string]uint64{c.Refused, c.Busy} {
 		for _, n := range m {
@@ -396,6 +436,7 @@ func (s *Service) request(m *nats.Msg) {
 		}
 	}
 	t, ref := turnOf(m)
+	t.door = DoorNATS
 	var envelope []byte
 	if ref == nil {
 		var e identity.Envelope
@@ -425,7 +466,7 @@ func turnOf(m *nats.Msg) (turn, *refusal) {
 		return turn{}, &refusal{reason: ReasonHeader, field: bus.HeaderNumber, text: fmt.Sprintf(
 			"%s, %s: must be decimal numbers from 1, the first not below the second, with a session of at most 64 bytes", bus.HeaderNumber, bus.HeaderBase)}
 	}
-	return turn{m.Subject + " " + id, n, base}, nil
+	return turn{session: m.Subject + " " + id, number: n, base: base}, nil
 }
 
 // refusal says that a request can never be taken.
@@ -450,6 +491,8 @@ func (s *Service) refuse(t turn, r *refusal, reply func(answer)) {
 	s.mu.Lock()
 	s.counts.Received++
 	s.counts.Refused[r.reason]++
+	s.at(t.door).Received++
+	s.at(t.door).Refused++
 	// It was this record's turn, and it has been answered for good.
 	if sess := s.sessions[t.session]; sess != nil && sess.next == t.number {
 		sess.next++
@@ -465,25 +508,33 @@ func (s *Service) take(envelope []byte, t turn, reply func(answer)) {
 	now := s.Now()
 	s.mu.Lock()
 	s.counts.Received++
+	door := s.at(t.door)
+	door.Received++
 	busy := func(reason, format string, args ...any) {
 		s.counts.Busy[reason]++
+		door.Busy++
 		s.mu.Unlock()
 		reply(answer{status: pb.Receipt_STATUS_BUSY, reason: reason, text: fmt.Sprintf(format, args...)})
 	}
 	sess, inTurn := s.look(t)
 	if r := s.known[digest]; r != nil {
-		if inTurn {
-			s.advance(sess, t)
-		}
 		switch {
 		case r.done:
+			if inTurn {
+				s.advance(sess, t)
+			}
 			s.counts.Again++
+			door.Stored++
 			s.mu.Unlock()
 			reply(answer{status: pb.Receipt_STATUS_STORED, salt: r.salt, commitment: r.commitment})
 		case len(r.waiters) >= maxWaiters:
 			busy(ReasonQueueFull, "queue: %d requests wait for this record, no more are held", maxWaiters)
 		default:
-			r.waiters = append(r.waiters, waiter{answer: reply})
+			w := waiter{door: t.door, number: t.number, answer: reply}
+			if inTurn {
+				w.session = s.advance(sess, t)
+			}
+			r.waiters = append(r.waiters, w)
 			s.mu.Unlock()
 		}
 		return
@@ -506,8 +557,8 @@ func (s *Service) take(envelope []byte, t turn, reply func(answer)) {
 		return
 	}
 	r := &record{
-		digest: digest, envelope: envelope, waiters: []waiter{{true, reply}},
-		session: s.advance(sess, t), number: t.number, arrived: time.Now(), received: now.UnixNano(),
+		digest: digest, envelope: envelope, arrived: time.Now(), received: now.UnixNano(),
+		waiters: []waiter{{first: true, door: t.door, session: s.advance(sess, t), number: t.number, answer: reply}},
 	}
 	s.known[digest] = r
 	s.held++
@@ -526,6 +577,9 @@ func (s *Service) take(envelope []byte, t turn, reply func(answer)) {
 
 // look reports whether it is a record's turn. Caller holds mu.
 func (s *Service) look(t turn) (*session, bool) {
+	if t.own != nil {
+		return t.own, t.number <= t.own.next || t.number == t.base
+	}
 	if t.session == "" {
 		return nil, true
 	}
@@ -538,7 +592,7 @@ func (s *Service) look(t turn) (*session, bool) {
 
 // advance notes that a record was taken in its turn. Caller holds mu.
 func (s *Service) advance(sess *session, t turn) *session {
-	if t.session == "" {
+	if t.session == "" && t.own == nil {
 		return nil
 	}
 	if sess == nil {

@@ -149,7 +149,7 @@ func (s *Service) readBack(ctx context.Context) (rs []*record, err error) {
 // remember keeps what to answer to the bytes of a stored record. Caller holds
 // mu.
 func (s *Service) remember(r *record) {
-	r.done, r.envelope, r.session = true, nil, nil
+	r.done, r.envelope = true, nil
 	s.known[r.digest] = r
 	if old, ok := s.stored.push(r.digest); ok {
 		delete(s.known, old)

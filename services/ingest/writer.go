@@ -314,6 +314,7 @@ func (w *writer) stored(f *flight) {
 			} else {
 				s.counts.Again++
 			}
+			s.at(wt.door).Stored++
 		}
 		s.remember(r)
 	}
@@ -337,9 +338,7 @@ func (s *Service) tell(rs []*record, reason, text string) {
 	var ws []waiter
 	s.mu.Lock()
 	for _, r := range rs {
-		ws = append(ws, r.waiters...)
-		r.waiters = nil
-		s.back(r)
+		ws = append(ws, s.back(r)...)
 	}
 	s.counts.Busy[reason] += uint64(len(ws))
 	s.mu.Unlock()
@@ -348,12 +347,18 @@ func (s *Service) tell(rs []*record, reason, text string) {
 	}
 }
 
-// back gives a record's number back to its session: it must come again before
-// those behind it. Caller holds mu.
-func (s *Service) back(r *record) {
-	if r.session != nil {
-		r.session.next = min(r.session.next, r.number)
+// back takes all who wait for a record off it, to be told busy, and gives their
+// numbers back to their sessions: the record must come again before what is
+// behind it, in each of the rows in which it has come. Caller holds mu.
+func (s *Service) back(r *record) (ws []waiter) {
+	ws, r.waiters = r.waiters, nil
+	for _, wt := range ws {
+		if wt.session != nil {
+			wt.session.next = min(wt.session.next, wt.number)
+		}
+		s.at(wt.door).Busy++
 	}
+	return ws
 }
 
 // forget drops records that were not stored. Caller holds mu.
@@ -361,9 +366,7 @@ func (s *Service) forget(rs []*record, reason string) (ws []waiter) {
 	for _, r := range rs {
 		s.release(r)
 		delete(s.known, r.digest)
-		s.back(r)
-		ws = append(ws, r.waiters...)
-		r.waiters = nil
+		ws = append(ws, s.back(r)...)
 	}
 	s.counts.Busy[reason] += uint64(len(ws))
 	return ws
