@@ -17,6 +17,10 @@
 //	                          command is worth nothing
 //	status.<junction>         roadside unit → STATUS
 //	dead.<consumer>           the bus → DEADLETTER
+//	device.<device>.up        a device → ingest, by MQTT; never stored
+//	device.<device>.down      ingest → the device, by MQTT: receipts; never stored
+//
+// An MQTT topic is the subject with slashes for dots, see [MQTT].
 package topic
 
 import (
@@ -111,6 +115,36 @@ func StatusAll(d traffic.DistrictID) string { return sub(d, "status", "*") }
 
 // Dead carries messages that a consumer could not process however often.
 func Dead(d traffic.DistrictID, consumer string) string { return sub(d, "dead", Token(consumer)) }
+
+// DeviceUp is where a device sends envelopes by MQTT, one a message.
+func DeviceUp(d traffic.DistrictID, device traffic.DeviceID) string {
+	return sub(d, "device", Token(string(device)), "up")
+}
+
+// DeviceUpAll matches every [DeviceUp] of a district.
+func DeviceUpAll(d traffic.DistrictID) string { return sub(d, "device", "*", "up") }
+
+// DeviceDown is where a device hears what became of its envelopes.
+func DeviceDown(d traffic.DistrictID, device traffic.DeviceID) string {
+	return sub(d, "device", Token(string(device)), "down")
+}
+
+// DeviceDownAll matches every [DeviceDown] of a district.
+func DeviceDownAll(d traffic.DistrictID) string { return sub(d, "device", "*", "down") }
+
+// DeviceOf returns the [Token] of the device whose [DeviceUp] up is, and its
+// [DeviceDown]; ok is false if it is no such subject of the district.
+func DeviceOf(d traffic.DistrictID, up string) (token, down string, ok bool) {
+	rest, ok1 := strings.CutPrefix(up, sub(d, "device", ""))
+	token, ok2 := strings.CutSuffix(rest, ".up")
+	if !ok1 || !ok2 || token == "" || strings.ContainsAny(token, ".*>") {
+		return "", "", false
+	}
+	return token, sub(d, "device", token, "down"), true
+}
+
+// MQTT is the MQTT topic of a subject: tokens have neither dots nor slashes.
+func MQTT(subject string) string { return strings.ReplaceAll(subject, ".", "/") }
 
 func num(n uint64) string { return strconv.FormatUint(n, 10) }
 

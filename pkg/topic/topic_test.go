@@ -59,6 +59,7 @@ func all(d traffic.DistrictID) map[string]string {
 		Decision(d, 1): DecisionStream, Decision(d, 18446744073709551615): DecisionStream,
 		Seal(d): SealStream, Command(d, "j1"): "", Status(d, "j1"): StatusStream, Status(d, "j 1"): StatusStream,
 		Dead(d, "validation"): DeadStream,
+		DeviceUp(d, "rsu-1"):  "", DeviceDown(d, "a.b/c"): "",
 	}
 }
 
@@ -119,6 +120,8 @@ func TestPatterns(t *testing.T) {
 		{DecisionAll(d), []string{Decision(d, 1), Decision(d, 99)}, []string{Decision("airport", 1), Sync(d, 1)}},
 		{QuarantineAll(d), []string{Quarantine(d, "size")}, []string{Accepted(d)}},
 		{StatusAll(d), []string{Status(d, "j1")}, []string{Command(d, "j1")}},
+		{DeviceUpAll(d), []string{DeviceUp(d, "rsu-1"), DeviceUp(d, "a.b"), DeviceUp(d, "")}, []string{DeviceDown(d, "rsu-1"), DeviceUp("airport", "rsu-1"), Ingress(d)}},
+		{DeviceDownAll(d), []string{DeviceDown(d, "rsu-1")}, []string{DeviceUp(d, "rsu-1"), DeviceDown("airport", "rsu-1"), Seal(d)}},
 	} {
 		for _, s := range tt.yes {
 			if !matches(tt.pattern, s) {
@@ -133,6 +136,27 @@ func TestPatterns(t *testing.T) {
 	}
 	if got, want := BFT(d, 1, 2), "stopline.harbour.bft.1.2"; got != want {
 		t.Errorf("got %s, want %s: to, then from", got, want)
+	}
+}
+
+func TestDevices(t *testing.T) {
+	if got, want := MQTT(DeviceUp("harbour", "rsu-1")), "stopline/harbour/device/rsu-1/up"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	for _, dev := range []traffic.DeviceID{"rsu-1", "a.b", "a/b", "#", "+", "", "ä >*", "$JS"} {
+		up := DeviceUp("harbour", dev)
+		if strings.ContainsAny(MQTT(up), "#+") || strings.Count(MQTT(up), "/") != 4 {
+			t.Errorf("%q: %q is no MQTT topic of four levels", dev, MQTT(up))
+		}
+		token, down, ok := DeviceOf("harbour", up)
+		if !ok || token != Token(string(dev)) || down != DeviceDown("harbour", dev) {
+			t.Errorf("%q: got %q, %q, %v", dev, token, down, ok)
+		}
+	}
+	for _, bad := range []string{DeviceUp("airport", "rsu-1"), DeviceDown("harbour", "rsu-1"), "stopline.harbour.device..up", "stopline.harbour.device.a.b.up", "stopline.harbour.device.up", Ingress("harbour"), ""} {
+		if token, _, ok := DeviceOf("harbour", bad); ok {
+			t.Errorf("%q: got device %q, want none", bad, token)
+		}
 	}
 }
 
