@@ -25,6 +25,7 @@ const (
 	RuleDistrict  Rule = "district"  // for another district
 	RuleJunction  Rule = "junction"  // for another junction
 	RuleSeq       Rule = "seq"       // replayed or reordered
+	RuleBoot      Rule = "boot"      // rests on a frame of another boot of this unit
 	RuleExpired   Rule = "expired"   // too late
 	RuleFuture    Rule = "future"    // issued later than now, clocks differ
 	RuleValidity  Rule = "validity"  // never in force, or in force for too long
@@ -125,6 +126,10 @@ func (u *Unit) judge(now time.Time, c *traffic.Command) *refusal {
 	}
 	if c.Seq <= u.seq {
 		return refuse(RuleSeq, "seq: %d, must be above %d", c.Seq, u.seq)
+	}
+	// What was obeyed before a boot may not be in LastCommand.
+	if r := c.RestsOn; r.Device == u.cfg.Device && r.BootEpoch != u.cfg.BootEpoch {
+		return refuse(RuleBoot, "rests_on: frame %s, this is boot epoch %d", r, u.cfg.BootEpoch)
 	}
 	if !now.Before(c.Expires) {
 		return refuse(RuleExpired, "expires: %v ago", now.Sub(c.Expires).Round(time.Millisecond))

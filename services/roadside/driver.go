@@ -17,8 +17,10 @@
 //	Frame(now)                 where an interval has ended
 //	Command / Obey             what came back
 //
-// [Unit.Run] is the shell that does the same by the clock, with a bounded queue
-// of frames that wait for their receipts.
+// [Unit.Run] is the shell that does the same by the clock. Frames wait for their
+// receipts in a [Store], on disk and bounded: while the network is away they are
+// kept, and sent in their order when it is back. The order is strict, so that
+// new frames wait until the old ones have their receipts.
 //
 // # Who decides
 //

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
@@ -18,12 +19,17 @@ import (
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
 
-// Inbox takes a signed envelope on its way into the log.
+// Inbox takes signed envelopes on their way into the log. bus.Sender is one.
 type Inbox interface {
-	// Send returns nil when the envelope is stored. An error of kind Invalid
-	// means that it was refused for good; any other, that nobody knows, and that
-	// it is safe to send it again.
-	Send(ctx context.Context, d traffic.DistrictID, k identity.RecordKind, source string, envelope []byte) (*pb.Receipt, error)
+	// SendAsync sends one envelope, and sends it again for as long as nobody has
+	// answered for good. It does not wait. Envelopes of one source are stored in
+	// the order in which they were given, though many are on their way.
+	//
+	// done is called once, at the latest when ctx has ended: with no error when
+	// the envelope is stored, with one of kind Invalid when it was refused for
+	// good; with any other, nobody knows, and it is safe to send it again. An error
+	// returned means that it was not sent and done will not be called.
+	SendAsync(ctx context.Context, d traffic.DistrictID, k identity.RecordKind, source string, envelope []byte, done func(*pb.Receipt, error)) error
 }
 
 // Line is what else a unit needs from the district's network. [OnBus] makes one.
@@ -48,17 +54,16 @@ type RunConfig struct {
 	Ticks <-chan time.Time
 	// Interval of periodic frames, by the district's clock. Default 1 s.
 	Interval time.Duration
-	// Queue bounds the frames that wait for a receipt. Default 600, ten minutes
-	// of an idle junction. When it is full the oldest without events goes, and
-	// is counted.
-	Queue int
-	// SendTimeout bounds the wait for one receipt. Default 2 s.
-	SendTimeout time.Duration
-	// RetryFirst and RetryMost bound the wait between two tries. Default 50 ms
-	// and 1 s.
+	// Store keeps the frames that have no receipt; the caller closes it. Optional:
+	// one in memory.
+	Store *Store
+	// Window bounds the frames on their way. Default 64.
+	Window int
+	// RetryFirst and RetryMost bound the wait after the inbox has given up, less
+	// up to a half, at random. Default 50 ms and 1 s.
 	RetryFirst, RetryMost time.Duration
 	// Drain is how long, after the end, frames that wait may still be sent.
-	// Default 2 s.
+	// Default 2 s. Those left stay in the store.
 	Drain time.Duration
 }
 
@@ -74,8 +79,8 @@ func (c *RunConfig) defaults() error {
 	if c.Line == nil {
 		errs = append(errs, errors.New("line: must be set"))
 	}
-	if c.Queue < 0 {
-		errs = append(errs, fmt.Errorf("queue: %d is negative", c.Queue))
+	if c.Window < 0 {
+		errs = append(errs, fmt.Errorf("window: %d is negative", c.Window))
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -84,7 +89,7 @@ func (c *RunConfig) defaults() error {
 		name  string
 		v     *time.Duration
 		other time.Duration
-	}{{"tick", &c.Tick, 100 * time.Millisecond}, {"interval", &c.Interval, time.Second}, {"send_timeout", &c.SendTimeout, 2 * time.Second},
+	}{{"tick", &c.Tick, 100 * time.Millisecond}, {"interval", &c.Interval, time.Second},
 		{"retry_first", &c.RetryFirst, 50 * time.Millisecond}, {"retry_most", &c.RetryMost, time.Second}, {"drain", &c.Drain, 2 * time.Second}} {
 		if *d.v < 0 {
 			errs = append(errs, fmt.Errorf("%s: %v is negative", d.name, *d.v))
@@ -93,23 +98,55 @@ func (c *RunConfig) defaults() error {
 			*d.v = d.other
 		}
 	}
-	if c.Queue == 0 {
-		c.Queue = 600
+	if c.Window == 0 {
+		c.Window = 64
 	}
 	return errors.Join(errs...)
 }
 
 // Run ticks, sends frames and takes commands until ctx ends. What then waits
-// for a receipt is still sent for at most Drain.
+// for a receipt is still sent for at most Drain, and stays in the store
+// otherwise. Frames that a run before left there are sent first.
 func (u *Unit) Run(ctx context.Context, c RunConfig) error {
 	if err := c.defaults(); err != nil {
 		return fmt.Errorf("roadside unit %s: %w", u.cfg.Device, err)
 	}
-	q := newQueue(c.Queue)
+	if c.Store == nil {
+		var err error
+		if c.Store, err = OpenStore(StoreConfig{Logger: u.log}); err != nil {
+			return err
+		}
+	}
+	if k, ok := c.Store.newest(); ok && k.epoch >= u.cfg.BootEpoch {
+		// The district would take the old frames for new ones, and the new for old.
+		return fmt.Errorf("roadside unit %s: boot_epoch: %d, the store holds frame %s of another boot: must be higher", u.cfg.Device, u.cfg.BootEpoch, k)
+	}
+	u.mu.Lock()
+	u.store = c.Store
+	u.mu.Unlock()
+	err := u.run(ctx, c)
+	if err := c.Store.flush(); err != nil {
+		u.log.Error("frames cannot be written", "intersection", u.cfg.Junction.ID, "err", err)
+	}
+	if n := c.Store.left(); n > 0 && c.Store.durable() {
+		u.log.Warn("frames without a receipt are kept for the next start", "intersection", u.cfg.Junction.ID, "count", n)
+	} else if n > 0 {
+		c.Store.abandon()
+		err = errors.Join(err, fmt.Errorf("roadside unit %s: %d frames were not receipted before the end", u.cfg.Device, n))
+	}
+	return err
+}
+
+func (u *Unit) run(ctx context.Context, c RunConfig) error {
 	commands := make(chan []byte, commandQueue)
+	ended := make(chan struct{}) // the loop has; no more frames come
 	return run.All(ctx,
-		run.Actor{Name: "ticks", Run: func(ctx context.Context) error { return u.loop(ctx, c, q, commands) }},
-		run.Actor{Name: "sender", Run: func(ctx context.Context) error { return u.send(ctx, c, q) }},
+		run.Actor{Name: "ticks", Run: func(ctx context.Context) error {
+			defer close(ended)
+			return u.loop(ctx, c, commands)
+		}},
+		run.Actor{Name: "sender", Run: func(ctx context.Context) error { return u.send(ctx, c, ended) }},
+		run.Actor{Name: "store", Run: c.Store.run},
 		run.Actor{Name: "commands", Run: func(ctx context.Context) error {
 			return c.Line.Commands(ctx, func(e []byte) {
 				select {
@@ -123,8 +160,7 @@ func (u *Unit) Run(ctx context.Context, c RunConfig) error {
 }
 
 // loop owns the order of ticks, frames and commands.
-func (u *Unit) loop(ctx context.Context, c RunConfig, q *queue, commands <-chan []byte) error {
-	defer q.close()
+func (u *Unit) loop(ctx context.Context, c RunConfig, commands <-chan []byte) error {
 	ticks := c.Ticks
 	if ticks == nil {
 		t := time.NewTicker(c.Tick)
@@ -139,6 +175,11 @@ func (u *Unit) loop(ctx context.Context, c RunConfig, q *queue, commands <-chan 
 		case e := <-commands:
 			now := c.Now()
 			res := u.Command(now, e)
+			if res.Applied {
+				if err := c.Store.command.obeyed(res.Seq); err != nil {
+					u.log.Error("command's sequence not written", "intersection", u.cfg.Junction.ID, "seq", res.Seq, "err", err)
+				}
+			}
 			u.say(ctx, c, now, &res)
 		case now, ok := <-ticks:
 			if !ok {
@@ -171,10 +212,11 @@ func (u *Unit) loop(ctx context.Context, c RunConfig, q *queue, commands <-chan 
 			if err != nil {
 				return fmt.Errorf("roadside unit %s: frame: %w", u.cfg.Device, err)
 			}
-			if lost := q.push(item{envelope, f.FrameKey, len(f.Events) > 0}); lost != nil {
-				u.tally(func(n *Counters) { n.SendDropped++ })
-				u.log.Warn("queue of frames is full, dropped one", "intersection", u.cfg.Junction.ID, "seq", lost.key.Seq)
+			cl := plain
+			if len(f.Events) > 0 {
+				cl = event
 			}
+			c.Store.put(key{f.BootEpoch, f.Seq}, cl, envelope)
 		}
 	}
 }
@@ -199,9 +241,18 @@ func (u *Unit) say(ctx context.Context, c RunConfig, now time.Time, res *traffic
 	}
 }
 
-// send sends frames one after another: the district refuses a device's frames
-// out of their order.
-func (u *Unit) send(ctx context.Context, c RunConfig, q *queue) error {
+// answer is what came back for a frame.
+type answer struct {
+	flight
+	receipt *pb.Receipt
+	err     error
+}
+
+// send sends frames in their order, several at once: the district refuses a
+// device's frames out of it. Where the inbox gives one up, nothing is sent until
+// all that are on their way have been answered; then it begins again with the
+// oldest, alone, and with the others when that is through.
+func (u *Unit) send(ctx context.Context, c RunConfig, ended <-chan struct{}) error {
 	// The drain begins when ctx ends.
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
@@ -215,42 +266,83 @@ func (u *Unit) send(ctx context.Context, c RunConfig, q *queue) error {
 		}
 	})
 	defer stop()
+	var (
+		answers = make(chan answer, c.Window)
+		flying  int
+		window  = c.Window
+		after   key  // everything up to here has been sent in this round
+		failed  bool // this round
+		wait    = c.RetryFirst
+	)
 	for {
-		it, ok := q.pop()
-		if !ok {
-			return nil // the loop has ended and everything is sent
-		}
-		for wait := c.RetryFirst; !u.deliver(work, c, it); wait = min(2*wait, c.RetryMost) {
-			t := time.NewTimer(wait)
-			select {
-			case <-t.C:
-			case <-work.Done():
-				t.Stop()
-				left := uint64(q.len() + 1)
-				u.tally(func(n *Counters) { n.SendDropped += left })
-				return fmt.Errorf("%d frames from %s on were not receipted before the end", left, it.key)
+		for !failed && flying < window && work.Err() == nil {
+			f, ok := c.Store.next(after)
+			if !ok {
+				break
 			}
-			u.tally(func(n *Counters) { n.SendRetries++ })
+			after = f.key
+			err := c.Inbox.SendAsync(work, u.cfg.District, identity.KindFrame, string(u.cfg.Device), f.envelope,
+				func(r *pb.Receipt, err error) { answers <- answer{f, r, err} }) // never waits: there is room for all
+			if err != nil {
+				failed = !u.settle(c, answer{f, nil, err})
+				continue
+			}
+			flying++
+		}
+		if flying == 0 {
+			switch {
+			case work.Err() != nil:
+				return nil
+			case failed:
+				t := time.NewTimer(wait - rand.N(wait/2+1))
+				select {
+				case <-t.C:
+				case <-work.Done():
+				}
+				t.Stop()
+				u.tally(func(n *Counters) { n.SendRetries++ })
+				wait = min(2*wait, c.RetryMost)
+				failed, after, window = false, key{}, 1
+				continue
+			}
+		}
+		if ended == nil && flying == 0 && c.Store.left() == 0 {
+			return nil // everything is sent
+		}
+		done := work.Done()
+		if flying > 0 {
+			done = nil // each answers, also then
+		}
+		select {
+		case a := <-answers:
+			flying--
+			if u.settle(c, a) {
+				window, wait = c.Window, c.RetryFirst
+			} else {
+				failed = true
+			}
+		case <-c.Store.wake:
+		case <-ended:
+			ended = nil
+		case <-done:
 		}
 	}
 }
 
-// deliver sends one frame and reports whether that is settled.
-func (u *Unit) deliver(ctx context.Context, c RunConfig, it item) bool {
-	ctx, cancel := context.WithTimeout(ctx, c.SendTimeout)
-	defer cancel()
-	r, err := c.Inbox.Send(ctx, u.cfg.District, identity.KindFrame, string(u.cfg.Device), it.envelope)
+// settle takes the answer for a frame and reports whether it was for good.
+func (u *Unit) settle(c RunConfig, a answer) (settled bool) {
+	defer func() { c.Store.answered(a.flight, settled) }()
 	switch {
-	case kind.Of(err) == kind.Invalid && err != nil:
+	case a.err != nil && kind.Of(a.err) == kind.Invalid:
 		u.tally(func(n *Counters) { n.SendRefused++ })
-		u.log.Error("frame refused", "intersection", u.cfg.Junction.ID, "seq", it.key.Seq, "err", err)
+		u.log.Error("frame refused", "intersection", u.cfg.Junction.ID, "seq", a.key.seq, "err", a.err)
 		return true
-	case err != nil:
-		u.log.Warn("frame not sent yet", "intersection", u.cfg.Junction.ID, "seq", it.key.Seq, "err", err)
+	case a.err != nil:
+		u.log.Warn("frame not sent yet", "intersection", u.cfg.Junction.ID, "seq", a.key.seq, "err", a.err)
 		return false
-	case len(r.GetSalt()) != len(ledger.Salt{}) || !bytes.Equal(r.GetCommitment(), commitment(r.GetSalt(), it.envelope)):
+	case len(a.receipt.GetSalt()) != len(ledger.Salt{}) || !bytes.Equal(a.receipt.GetCommitment(), commitment(a.receipt.GetSalt(), a.envelope)):
 		u.tally(func(n *Counters) { n.BadReceipts++ })
-		u.log.Error("receipt is not for the frame that was sent", "intersection", u.cfg.Junction.ID, "seq", it.key.Seq)
+		u.log.Error("receipt is not for the frame that was sent", "intersection", u.cfg.Junction.ID, "seq", a.key.seq)
 		return false
 	}
 	u.tally(func(n *Counters) { n.Stored++ })

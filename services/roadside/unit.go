@@ -38,8 +38,9 @@ type Config struct {
 	// StaleAfter is how long after it was taken a command is in force. Default 2 s.
 	StaleAfter time.Duration
 	// LastCommand is the highest sequence of a command that was obeyed before
-	// this boot, if the caller keeps it. Without it, what was obeyed just before
-	// the boot could be replayed until it expires.
+	// this boot, see [Store.LastCommand]. Without it, what was obeyed just before
+	// the boot could be replayed until it expires, if it rests on the frame of
+	// another device: [RuleBoot] refuses the rest.
 	LastCommand uint64
 	// TripOnMaxRed makes the interlock trip, and not only count, when a group is
 	// red for longer than its maximum.
@@ -109,17 +110,18 @@ type Counters struct {
 	ResultsDropped uint64 `json:"results_dropped"` // more commands than a frame carries
 	EventsDropped  uint64 `json:"events_dropped"`
 
-	// Of the shell: frames stored by ingest, refused by it, tried again, and
-	// dropped from a full queue; receipts that did not fit what was sent; status
-	// messages that could not be published; commands that came faster than the
-	// unit could take them.
-	Stored          uint64 `json:"stored"`
-	SendRefused     uint64 `json:"send_refused"`
-	SendRetries     uint64 `json:"send_retries"`
-	SendDropped     uint64 `json:"send_dropped"`
-	BadReceipts     uint64 `json:"bad_receipts"`
-	StatusErrors    uint64 `json:"status_errors"`
-	CommandsDropped uint64 `json:"commands_dropped"`
+	// Of the shell: frames stored by ingest, and refused by it; how often sending
+	// began again; frames dropped from a full store, and those of them with
+	// events; receipts that did not fit what was sent; status messages that could
+	// not be published; commands that came faster than the unit could take them.
+	Stored            uint64 `json:"stored"`
+	SendRefused       uint64 `json:"send_refused"`
+	SendRetries       uint64 `json:"send_retries"`
+	SendDropped       uint64 `json:"send_dropped"`
+	SendDroppedEvents uint64 `json:"send_dropped_events"`
+	BadReceipts       uint64 `json:"bad_receipts"`
+	StatusErrors      uint64 `json:"status_errors"`
+	CommandsDropped   uint64 `json:"commands_dropped"`
 }
 
 // Unit is one junction's roadside unit. It may be used concurrently.
@@ -152,6 +154,7 @@ type Unit struct {
 	results  []traffic.CommandResult
 	strays   []traffic.CommandResult // of what nobody signed
 	events   []stamped
+	store    *Store // once it runs; its lock is taken after mu
 	counters Counters
 }
 
@@ -435,6 +438,8 @@ type Status struct {
 	Signal   traffic.Signal     `json:"signal"`
 	LastSeq  uint64             `json:"last_seq"` // newest command obeyed
 	Counters Counters           `json:"counters"`
+	// Store has what waits to be sent; empty while the unit does not run.
+	Store StoreStats `json:"store"`
 }
 
 // Status returns the unit as it is at now; it shares nothing with the unit.
@@ -446,7 +451,11 @@ func (u *Unit) Status(now time.Time) Status {
 	if t := u.monitor.Tripped(); t != nil {
 		s.Stage, s.Trip = -1, cut(t.String())
 	}
-	return Status{Junction: u.cfg.Junction.ID, Device: u.cfg.Device, Signal: s, LastSeq: u.seq, Counters: u.count()}
+	st := Status{Junction: u.cfg.Junction.ID, Device: u.cfg.Device, Signal: s, LastSeq: u.seq, Counters: u.count()}
+	if u.store != nil {
+		st.Store = u.store.Stats()
+	}
+	return st
 }
 
 // Counters returns a copy of the counters.
@@ -464,6 +473,10 @@ func (u *Unit) count() Counters {
 	}
 	m := u.monitor.Counts()
 	c.StatesRefused, c.MaxRed = m.Refused, m.MaxRed
+	if u.store != nil {
+		st := u.store.Stats()
+		c.SendDropped, c.SendDroppedEvents = st.Dropped, st.DroppedEvents
+	}
 	return c
 }
 

@@ -40,7 +40,8 @@ command is written and verified.
 
 The data folder holds the district: keys, log, payloads, validators' stores, and
 the policy file that a verifier pins. A later run on the same folder goes on
-where it ended, also after kill -9. Without --data a new temporary folder is
+where it ended, also after kill -9; frames that a unit could not send before are
+sent first. Without --data a new temporary folder is
 made and kept; its path is printed.
 
 The last line of --json is one object. frames.received and frames.quarantined
@@ -61,6 +62,8 @@ received (agreed), and until a checkpoint that covers it was sealed (sealed).`,
 		fs.StringVar(&o.nats.creds, "nats-creds", "", "`FILE` with the NATS user's JWT and seed")
 		fs.StringVar(&o.nats.ca, "nats-ca", "", "`FILE` with the PEM certificates by which the cluster is known")
 		fs.IntVar(&o.nats.replicas, "nats-replicas", 1, "copies `N` of each stream in the cluster, 1 to 5")
+		fs.IntVar(&o.store.MaxFrames, "store-frames", 0, "while the network is away, keep at most `N` frames a junction;\n0: 65536, nine hours of a busy one")
+		fs.Int64Var(&o.store.MaxBytes, "store-bytes", 0, "and at most `N` bytes; 0: 64 MiB")
 		fs.BoolVar(&o.json, "json", false, "print, last, one JSON object")
 		fs.BoolVar(&o.verbose, "verbose", false, "log to standard error what services do")
 		return func(ctx context.Context, args []string, s streams) error {
@@ -79,6 +82,7 @@ type demoOptions struct {
 	seed                                    int64
 	json, verbose, listenGiven              bool
 	nats                                    natsOptions
+	store                                   roadside.StoreConfig
 }
 
 // demoReport is the JSON object that a demo ends with.
@@ -115,6 +119,8 @@ type demoReport struct {
 	Data        string `json:"data"`
 	PeakRSSMB   uint64 `json:"peak_rss_mb"`
 	FallbackRun uint64 `json:"fallbacks_to_local_plan"`
+	// Store is of all units together: frames that waited for the network.
+	Store roadside.StoreStats `json:"store"`
 }
 
 // Waits of a demo.
@@ -136,6 +142,9 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	if o.length < 0 {
 		return usageError("demo: --for %v: must not be negative", o.length)
+	}
+	if err := o.store.Validate(); err != nil {
+		return usageError("demo: --store-frames, --store-bytes: %v", err)
 	}
 	rulesName, config := "field", cityName
 	if o.sumo != "" {
@@ -185,7 +194,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	server := &http.Server{Handler: l.handler(), ReadHeaderTimeout: 5 * time.Second}
 
-	units, err := demoUnits(l, w, defs, rules, log)
+	units, err := demoUnits(l, w, defs, rules, o.store, log)
 	if err != nil {
 		return err
 	}
@@ -302,7 +311,7 @@ func serveHTTP(ctx context.Context, server *http.Server, n net.Listener) error {
 }
 
 // demoUnits makes the roadside unit of every junction.
-func demoUnits(l *local, w world, defs []*traffic.Junction, rules timing.Rules, log *slog.Logger) ([]*roadside.Unit, error) {
+func demoUnits(l *local, w world, defs []*traffic.Junction, rules timing.Rules, store roadside.StoreConfig, log *slog.Logger) ([]*roadside.Unit, error) {
 	var err error
 	if l.boot, err = l.district.NextBoot(); err != nil {
 		return nil, err
@@ -317,9 +326,13 @@ func demoUnits(l *local, w world, defs []*traffic.Junction, rules timing.Rules, 
 		if err != nil {
 			return nil, err
 		}
+		st, err := l.store(j.ID, store)
+		if err != nil {
+			return nil, err
+		}
 		units[i], err = roadside.New(time.Now(), roadside.Config{
 			District: l.district.Genesis.District, Junction: j, Device: district.DeviceID(j.ID), Key: key, BootEpoch: l.boot,
-			Commander: l.commander, Driver: cab, Rules: rules, Logger: log.With("service", "roadside"),
+			LastCommand: st.LastCommand(), Commander: l.commander, Driver: cab, Rules: rules, Logger: log.With("service", "roadside"),
 		})
 		if err != nil {
 			return nil, err
@@ -340,9 +353,10 @@ func runStreet(ctx context.Context, length time.Duration, l *local, w world, uni
 	actors := make([]run.Actor, 0, len(units)+1)
 	for i, u := range units {
 		ticks[i] = make(chan time.Time, 1)
+		j := u.Status(time.Now()).Junction
 		actors = append(actors, run.Actor{Name: "unit", Run: func(ctx context.Context) error {
 			return u.Run(ctx, roadside.RunConfig{
-				Inbox: l.street.sender, Line: roadside.OnBus(l.street.bus, l.district.Genesis.District, u.Status(time.Now()).Junction), Ticks: ticks[i],
+				Inbox: l.street.sender, Line: roadside.OnBus(l.street.bus, l.district.Genesis.District, j), Store: l.stores[j], Ticks: ticks[i],
 			})
 		}})
 	}
@@ -426,6 +440,9 @@ func (l *local) report(r *demoReport, units []*roadside.Unit) {
 		r.Commands.Refused += c.RefusedCommands()
 		r.Interlock.Trips += c.Trips
 		r.FallbackRun += c.Fallbacks
+	}
+	for _, s := range l.stores {
+		r.Store.Add(s.Stats())
 	}
 	r.PeakRSSMB = peakRSSMB()
 }

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -26,6 +27,7 @@ import (
 	"github.com/stopline-traffic/stopline/services/internal/decided"
 	"github.com/stopline-traffic/stopline/services/internal/district"
 	"github.com/stopline-traffic/stopline/services/internal/run"
+	"github.com/stopline-traffic/stopline/services/roadside"
 	"github.com/stopline-traffic/stopline/services/sealing"
 	"github.com/stopline-traffic/stopline/services/signalcontrol"
 	"github.com/stopline-traffic/stopline/services/validation"
@@ -42,6 +44,7 @@ type local struct {
 	log      *slog.Logger
 	now      func() time.Time
 	boot     uint64 // epoch of the devices of this run
+	stores   map[traffic.JunctionID]*roadside.Store
 
 	ingest     *ingest.Service
 	validation *validation.Service
@@ -293,14 +296,17 @@ func (l *local) close() {
 		l.server.Shutdown()
 	}
 	var err error
+	for _, s := range l.stores {
+		err = errors.Join(err, s.Close())
+	}
 	if l.audit != nil {
-		err = l.audit.Close()
+		err = errors.Join(err, l.audit.Close())
 	}
 	if l.sealing != nil {
 		err = errors.Join(err, l.sealing.Close())
 	}
 	if err != nil {
-		l.log.Error("closing the log's files", "err", err)
+		l.log.Error("closing files", "err", err)
 	}
 }
 
@@ -333,6 +339,22 @@ func (l *local) commander(id identity.KeyID) (ed25519.PublicKey, bool) {
 
 func (l *local) deviceKey(j traffic.JunctionID) (ed25519.PrivateKey, error) {
 	return l.district.Key(string(district.DeviceID(j)))
+}
+
+// store opens what a junction's unit keeps its frames in. It is closed with l.
+func (l *local) store(j traffic.JunctionID, c roadside.StoreConfig) (*roadside.Store, error) {
+	// As district's key files: a junction's name may hold what a file's may not.
+	c.Dir = filepath.Join(l.district.Dir, "roadside", strings.ReplaceAll(string(j), "/", "_"))
+	c.Logger = l.log.With("service", "roadside", "intersection", j)
+	s, err := roadside.OpenStore(c)
+	if err != nil {
+		return nil, err
+	}
+	if l.stores == nil {
+		l.stores = map[traffic.JunctionID]*roadside.Store{}
+	}
+	l.stores[j] = s
+	return s, nil
 }
 
 // freshDir returns the folder to use: the given one, made if need be, or a new
