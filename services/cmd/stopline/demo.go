@@ -28,7 +28,7 @@ import (
 
 var demoCommand = command{
 	name:     "demo",
-	synopsis: "stopline demo [--sumo FILE.sumocfg] [--for DURATION] [--data DIR] [--listen ADDR] [--json]",
+	synopsis: "stopline demo [--sumo FILE.sumocfg] [--for DURATION] [--data DIR] [--listen ADDR] [--grpc ADDR] [--json]",
 	summary:  "run a whole district in this process, with a page to look at",
 	manual: `Runs the built-in city of nine junctions, or a SUMO scenario, in real time, with
 every service around an embedded NATS server: roadside units with their own
@@ -64,6 +64,10 @@ received (agreed), and until a checkpoint that covers it was sealed (sealed).`,
 		fs.IntVar(&o.nats.replicas, "nats-replicas", 1, "copies `N` of each stream in the cluster, 1 to 5")
 		fs.IntVar(&o.store.MaxFrames, "store-frames", 0, "while the network is away, keep at most `N` frames a junction;\n0: 65536, nine hours of a busy one")
 		fs.Int64Var(&o.store.MaxBytes, "store-bytes", 0, "and at most `N` bytes; 0: 64 MiB")
+		fs.StringVar(&o.grpc.listen, "grpc", "", "take records by gRPC on address `ADDR`, for instance 127.0.0.1:0; without it there\nis no gRPC")
+		fs.StringVar(&o.grpc.cert, "grpc-cert", "", "`FILE` with the PEM certificate for gRPC with TLS; needs --grpc-key")
+		fs.StringVar(&o.grpc.key, "grpc-key", "", "`FILE` with its PEM key")
+		fs.StringVar(&o.grpc.clientCA, "grpc-client-ca", "", "`FILE` with the PEM certificates by which gateways must be known")
 		fs.BoolVar(&o.json, "json", false, "print, last, one JSON object")
 		fs.BoolVar(&o.verbose, "verbose", false, "log to standard error what services do")
 		return func(ctx context.Context, args []string, s streams) error {
@@ -82,6 +86,7 @@ type demoOptions struct {
 	seed                                    int64
 	json, verbose, listenGiven              bool
 	nats                                    natsOptions
+	grpc                                    grpcOptions
 	store                                   roadside.StoreConfig
 }
 
@@ -140,6 +145,9 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	if o.seed < 0 || o.seed > math.MaxInt32 {
 		return usageError("demo: --seed %d: must be 0 to %d", o.seed, math.MaxInt32)
 	}
+	if o.grpc.listen == "" && o.grpc != (grpcOptions{}) {
+		return usageError("demo: --grpc-cert, --grpc-key, --grpc-client-ca: must not be given without --grpc")
+	}
 	if o.length < 0 {
 		return usageError("demo: --for %v: must not be negative", o.length)
 	}
@@ -180,7 +188,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	policy := identity.Policy{Version: "1", Controller: ctrl.Name + " " + ctrl.Version, Rules: rules.Name}
 	l, err := newLocal(ctx, localOptions{
-		dir: dir, log: log, nats: o.nats,
+		dir: dir, log: log, nats: o.nats, grpc: o.grpc,
 		open: district.Options{ID: districtName(config), Junctions: defs, Created: time.Now(), PolicyName: "default", Policy: policy},
 		core: signalcontrol.CoreConfig{District: districtName(config), Policy: "default", PolicyVersion: policy.Version, Controller: ctrl, Rules: rules},
 	})
@@ -224,11 +232,12 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 		return errors.Join(err, finish())
 	}
 	began := time.Now()
+	doors, doorsShort := l.doors()
 	if !o.json {
-		fmt.Fprintf(s.out, "Stopline runs %d junctions of %s.\n\n  page         http://%s/\n  data folder  %s\n  policy       %s\n\nCtrl-C ends it.\n",
-			len(defs), l.district.Genesis.District, listener.Addr(), dir, filepath.Join(dir, "policy"))
+		fmt.Fprintf(s.out, "Stopline runs %d junctions of %s.\n\n  page         http://%s/\n%s  data folder  %s\n  policy       %s\n\nCtrl-C ends it.\n",
+			len(defs), l.district.Genesis.District, listener.Addr(), doors, dir, filepath.Join(dir, "policy"))
 	} else {
-		fmt.Fprintf(s.err, "page http://%s/  data %s\n", listener.Addr(), dir)
+		fmt.Fprintf(s.err, "page http://%s/%s  data %s\n", listener.Addr(), doorsShort, dir)
 	}
 	streetErr := runStreet(ctx, o.length, l, w, units, servicesDone)
 	seconds := time.Since(began).Seconds()

@@ -47,6 +47,7 @@ type local struct {
 	stores   map[traffic.JunctionID]*roadside.Store
 
 	ingest     *ingest.Service
+	grpc       *ingest.GRPC // nil if it was not asked for
 	validation *validation.Service
 	validators []*consensus.Validator
 	control    *signalcontrol.Service
@@ -84,7 +85,11 @@ type localOptions struct {
 	now  func() time.Time         // nil: time.Now
 	log  *slog.Logger
 	nats natsOptions
+	grpc grpcOptions
 }
+
+// grpcOptions say where gateways come by gRPC, if at all, and with which TLS.
+type grpcOptions struct{ listen, cert, key, clientCA string }
 
 // natsOptions say where NATS is: an embedded server, or a cluster by URL.
 type natsOptions struct {
@@ -154,6 +159,13 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	}
 	if l.ingest, err = ingest.New(ingest.Config{District: g.District, Bus: b, Now: o.now, Logger: o.log.With("service", "ingest")}); err != nil {
 		return nil, err
+	}
+	if o.grpc != (grpcOptions{}) {
+		if l.grpc, err = ingest.NewGRPC(ingest.GRPCConfig{
+			Ingest: l.ingest, Listen: o.grpc.listen, CertFile: o.grpc.cert, KeyFile: o.grpc.key, ClientCAFile: o.grpc.clientCA, Logger: o.log.With("service", "ingest"),
+		}); err != nil {
+			return nil, err
+		}
 	}
 	b, state, fc, err := follow("validation")
 	if err != nil {
@@ -260,7 +272,20 @@ func (l *local) run(ctx context.Context) error {
 	for i, v := range l.validators {
 		actors = append(actors, run.Actor{Name: fmt.Sprintf("validator %d", i+1), Run: v.Run})
 	}
+	if l.grpc != nil {
+		actors = append(actors, run.Actor{Name: "gRPC", Run: l.grpc.Run})
+	}
 	return run.All(ctx, actors...)
+}
+
+// doors says where records can be brought beside the page, for people a line each
+// and in short.
+func (l *local) doors() (lines, short string) {
+	if l.grpc != nil {
+		lines += fmt.Sprintf("  gRPC         %s\n", l.grpc.Addr())
+		short += fmt.Sprintf("  grpc %s", l.grpc.Addr())
+	}
+	return lines, short
 }
 
 // ready waits until records are taken and all validators take part; where a
@@ -286,6 +311,9 @@ func (l *local) ready(ctx context.Context, done <-chan struct{}) error {
 
 // close ends connections before the server, the server, and the files last.
 func (l *local) close() {
+	if l.grpc != nil {
+		l.grpc.Close()
+	}
 	for _, s := range l.senders {
 		s.Close()
 	}
@@ -316,6 +344,7 @@ func (l *local) handler() http.Handler {
 	in, au := l.ingest.Handler(), l.audit.Handler()
 	mux.Handle("POST /v1/frames", in)
 	mux.Handle("POST /v1/records", in)
+	mux.Handle("POST /v1/batch", in)
 	mux.Handle("GET /v1/records", au)
 	mux.Handle("GET /v1/evidence/", au)
 	mux.Handle("GET /log/", http.StripPrefix("/log", l.sealing.Handler()))
