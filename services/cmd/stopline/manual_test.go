@@ -17,6 +17,7 @@ func TestManualPages(t *testing.T) {
 		"verify":   {"--policy FILE", "--json", "EXIT STATUS", "3  consistent in itself"},
 		"fsck":     {"--policy FILE", "--json", "EXIT STATUS"},
 		"enrol":    {"--data DIR", "--device ID", "--junction ID", "--key FILE", "--public-key FILE", "--revoke", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
+		"replay":   {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},
 		"version":  {},
 	}
 	option := regexp.MustCompile(`(?m)^    --[a-z-]+( [A-Z]+)?\n        \S`)
