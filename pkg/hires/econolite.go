@@ -25,12 +25,13 @@ import (
 // readers that we know take no turn of the number into account (some take it as
 // signed, which is wrong from 55 minutes on). Here a step back by more than half
 // of the range is a turn: the log went on. A smaller step back is an event out of
-// order, which keeps its time.
+// order, which keeps its time; so is what comes up to a minute late over a turn.
 const (
 	econoliteStart = "12-31-2024 11:15:00.0," // the longest start of the first line
 	econoliteLines = 64                       // most lines of text
 	econoliteEnd   = "Phases in use:"
 	turn           = 1 << 16 // tenths of a second
+	late           = 600     // tenths of a second
 )
 
 // econoliteTime reads the stamp that each line begins with, up to its comma.
@@ -77,7 +78,7 @@ func (d *reader) econolite() error {
 		switch {
 		case t-tenths < -turn/2:
 			t += turn
-		case t-tenths > turn/2 && t >= turn:
+		case t-tenths > turn-late && t >= turn:
 			t -= turn
 		}
 		at := begin + t*tenth
@@ -106,12 +107,14 @@ func (d *reader) econoliteHeader() (begin int64, v *device, err error) {
 	var start []byte // date and time of the beginning
 	first := int64(0)
 	for n := 1; ; n++ {
-		line, _, err := d.line(n)
-		if errors.Is(err, io.EOF) {
+		line, open, err := d.line(n)
+		switch {
+		case errors.Is(err, io.EOF):
 			return 0, nil, invalid("line %d: the log ends before the line %q: %w", n, econoliteEnd, ErrTruncated)
-		}
-		if err != nil {
+		case err != nil:
 			return 0, nil, err
+		case open:
+			return 0, nil, invalid("line %d: the log ends before the end of the line: %w", n, ErrTruncated)
 		}
 		if n > econoliteLines {
 			return 0, nil, invalid("line %d: no line %q among the first %d", n, econoliteEnd, econoliteLines)
@@ -125,7 +128,7 @@ func (d *reader) econoliteHeader() (begin int64, v *device, err error) {
 				first, err = d.stamp(first)
 			}
 			if err != nil {
-				return 0, nil, invalid("line %d: time: %.21q %w", n, line, err)
+				return 0, nil, invalid("line %d: time: %q %w", n, line[:len(line)-len(rest)-1], err)
 			}
 		}
 		key, value, _ := bytes.Cut(rest, []byte(","))

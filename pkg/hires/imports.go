@@ -41,6 +41,9 @@ func (o *GroupOptions) Validate() error {
 	if o.Run == 0 {
 		bad("run: 0, the first is 1")
 	}
+	if len(o.Log) > maxLog {
+		bad("log: %d bytes, at most %d", len(o.Log), maxLog)
+	}
 	if o.SHA256 == [32]byte{} {
 		bad("sha256: must be that of the whole file")
 	}
@@ -65,6 +68,7 @@ type GroupStats struct {
 // Bounds of what a [Group] holds open.
 const (
 	defaultMaxEvents = 1024
+	maxLog           = 256 // what pkg/validate accepts
 	maxOpenEvents    = 1 << 18
 	second           = int64(time.Second)
 	milli            = int64(time.Millisecond)
