@@ -106,8 +106,8 @@ func (s *StoreStats) Add(o StoreStats) {
 //
 // Frames with events and frames without are in files of their own, each of a
 // 64th of the bounds. When the store is full the oldest file without events
-// goes, as a whole; only where there is none left, the oldest with events. No
-// file is ever written anew: a store that is full, or damaged, needs no more
+// goes, as a whole; only where there is none left, the oldest with events, and
+// only for frames with events. No file is ever written anew: a store that is full, or damaged, needs no more
 // room than before. A file goes when the last of its frames has its receipt.
 //
 // When files cannot be written, frames wait in memory, at most 4,096 of them.
@@ -278,6 +278,11 @@ func (s *Store) put(k key, c class, envelope []byte) {
 		return
 	}
 	for s.waiting[plain]+s.waiting[event] >= s.cfg.MaxFrames || s.kept()+e.size > s.cfg.MaxBytes {
+		if c == plain && s.waiting[plain] == 0 {
+			s.log.Warn("store is full of frames with events, dropped one without", "seq", k.String())
+			s.dropped(c)
+			return
+		}
 		if !s.evict() {
 			break // only trash is left, which the next flush removes
 		}
