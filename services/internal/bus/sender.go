@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math/rand/v2"
 	"strconv"
 	"strings"
 	"sync"
@@ -301,11 +302,15 @@ func (l *lane) pump() {
 	l.pop()
 	if l.holding {
 		if l.flying == 0 {
-			l.arm(armedPause, l.backoff) // the round is over: begin the next one after a pause
+			l.arm(armedPause, l.pause()) // the round is over: begin the next one after a pause
 		}
 		return
 	}
-	for l.flying < l.s.Window && l.sent < len(l.queue) {
+	window := l.s.Window
+	if l.backoff > 0 {
+		window = 1 // the last round failed: one asks whether it is over
+	}
+	for l.flying < window && l.sent < len(l.queue) {
 		e := l.queue[l.sent]
 		l.sent++
 		if e.final {
@@ -354,9 +359,13 @@ func (l *lane) hold() {
 		l.backoff = min(max(2*l.backoff, 5*time.Millisecond), 250*time.Millisecond)
 	}
 	if l.flying == 0 {
-		l.arm(armedPause, l.backoff)
+		l.arm(armedPause, l.pause())
 	}
 }
+
+// pause is the wait before the next round: less up to a half, at random, so that
+// those who lost the same server do not come back at once. Caller holds mu.
+func (l *lane) pause() time.Duration { return l.backoff - rand.N(l.backoff/2+1) }
 
 // arm sets the lane's timer, unless it waits for the same already: otherwise a
 // steady sender would put the end off for ever. Caller holds mu.

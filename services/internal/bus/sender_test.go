@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -200,5 +201,45 @@ func TestSenderIsBounded(t *testing.T) {
 	}
 	if _, err := bus.NewSender(bus.SenderConfig{Window: -1}); err == nil || !strings.Contains(err.Error(), "Bus: must be given") || !strings.Contains(err.Error(), "must not be negative") {
 		t.Errorf("got %v, want both problems", err)
+	}
+}
+
+// While ingest is busy one record asks for all; when it is not, the others follow
+// at once.
+func TestSenderAsksWithOne(t *testing.T) {
+	t.Parallel()
+	b := servicetest.Connect(t, servicetest.NATS(t))
+	const window, busy = 8, 8 + 5
+	var requests []string // used by the receiver only, until the end
+	receiver(t, b, func(m *nats.Msg) *pb.Receipt {
+		requests = append(requests, string(m.Data))
+		if len(requests) <= busy {
+			return say(pb.Receipt_STATUS_BUSY)
+		}
+		return say(pb.Receipt_STATUS_STORED)
+	})
+	s := newSender(t, b, func(c *bus.SenderConfig) { c.Window, c.Timeout = window, time.Minute })
+	var all sync.WaitGroup
+	for i := range window {
+		all.Add(1)
+		if err := s.SendAsync(within(t), district, identity.KindFrame, "x", fmt.Append(nil, i), func(_ *pb.Receipt, err error) {
+			defer all.Done()
+			if err != nil {
+				t.Errorf("%d: got %v, want it stored", i, err)
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all.Wait()
+	// The first round may have been cut short by the first answer.
+	first := slices.Index(requests[1:], "0") + 1
+	for i := first; i <= busy; i++ {
+		if requests[i] != "0" {
+			t.Fatalf("got requests %v, want %q alone until it is stored, from request %d on", requests, "0", first)
+		}
+	}
+	if want := busy + window; len(requests) != want {
+		t.Errorf("got %d requests, want %d: %v", len(requests), want, requests)
 	}
 }

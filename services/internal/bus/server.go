@@ -30,6 +30,8 @@ type ServerOptions struct {
 	// MaxStore bounds all streams together, bytes; 0 means 1 TiB, that is: only
 	// the streams' own bounds hold.
 	MaxStore int64
+	// Devices lets devices in by MQTT. Optional.
+	Devices *DeviceOptions
 }
 
 // Validate reports everything that is wrong with o.
@@ -48,6 +50,9 @@ func (o ServerOptions) Validate() error {
 	}
 	if o.MaxStore < 0 {
 		errs = append(errs, fmt.Errorf("bus: MaxStore: %d, must not be negative", o.MaxStore))
+	}
+	if o.Devices != nil {
+		errs = append(errs, o.Devices.validate())
 	}
 	return errors.Join(errs...)
 }
@@ -68,9 +73,11 @@ func splitListen(s string) (host string, port int, err error) {
 
 // Server is an embedded nats-server with JetStream.
 type Server struct {
-	s      *server.Server
-	listen bool
-	log    *slog.Logger
+	s       *server.Server
+	listen  bool
+	log     *slog.Logger
+	devices *devices        // nil where none are let in
+	mqtt    server.MQTTOpts // as it listens
 }
 
 // startWait is how long a server may take to come up: recovering streams of
@@ -106,19 +113,38 @@ func StartServer(o ServerOptions) (*Server, error) {
 	if o.Listen != "" {
 		so.Host, so.Port, _ = splitListen(o.Listen) // checked by Validate
 	}
+	log := orDiscard(o.Logger)
+	var dev *devices
+	if o.Devices != nil {
+		var err error
+		if dev, err = newDevices(*o.Devices, o.Listen != "", log); err == nil {
+			err = dev.configure(so)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 	s, err := server.NewServer(so)
 	if err != nil {
 		return nil, fmt.Errorf("bus: starting NATS: %w", err)
 	}
-	log := orDiscard(o.Logger)
-	s.SetLoggerV2(serverLog{log.With("part", "nats")}, false, false, false)
+	s.SetLoggerV2(serverLog{log.With("part", "nats"), dev}, false, false, false)
 	s.Start()
 	if !s.ReadyForConnections(startWait) || !s.JetStreamEnabled() {
 		s.Shutdown()
 		s.WaitForShutdown()
 		return nil, fmt.Errorf("bus: NATS in %s is not ready: see its log", o.Dir)
 	}
-	return &Server{s: s, listen: o.Listen != "", log: log}, nil
+	if dev != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), startWait)
+		defer cancel()
+		if err := dev.open(ctx, s); err != nil {
+			s.Shutdown()
+			s.WaitForShutdown()
+			return nil, err
+		}
+	}
+	return &Server{s: s, listen: o.Listen != "", log: log, devices: dev, mqtt: so.MQTT}, nil
 }
 
 // Connect returns a connection within the process, which no firewall or full
@@ -138,6 +164,9 @@ func (s *Server) URL() string {
 // Shutdown stops the server and waits until its files are closed. Close the
 // connections first, or what they have in flight is lost.
 func (s *Server) Shutdown() {
+	if s.devices != nil {
+		s.devices.close()
+	}
 	s.s.Shutdown()
 	s.s.WaitForShutdown()
 }
@@ -151,7 +180,10 @@ func orDiscard(l *slog.Logger) *slog.Logger {
 
 // serverLog gives nats-server's log to slog. What the server calls a notice is
 // detail to our operators.
-type serverLog struct{ l *slog.Logger }
+type serverLog struct {
+	l       *slog.Logger
+	devices *devices // may be nil
+}
 
 func (s serverLog) log(level slog.Level, format string, v []any) {
 	if s.l.Enabled(context.Background(), level) {
@@ -160,13 +192,21 @@ func (s serverLog) log(level slog.Level, format string, v []any) {
 }
 func (s serverLog) Noticef(format string, v ...any) { s.log(slog.LevelDebug, format, v) }
 func (s serverLog) Warnf(format string, v ...any) {
+	if s.devices != nil && s.devices.noted(format, v) {
+		return
+	}
 	level := slog.LevelWarn
 	if strings.HasPrefix(format, "Maximum payloads over") {
 		level = slog.LevelDebug // we chose it: see topic.MaxPayload
 	}
 	s.log(level, format, v)
 }
-func (s serverLog) Errorf(format string, v ...any) { s.log(slog.LevelError, format, v) }
+func (s serverLog) Errorf(format string, v ...any) {
+	if s.devices != nil && s.devices.noted(format, v) {
+		return
+	}
+	s.log(slog.LevelError, format, v)
+}
 func (s serverLog) Fatalf(format string, v ...any) { s.log(slog.LevelError, format, v) }
 func (s serverLog) Debugf(format string, v ...any) { s.log(slog.LevelDebug, format, v) }
 func (s serverLog) Tracef(format string, v ...any) { s.log(slog.LevelDebug, format, v) }
