@@ -168,7 +168,7 @@ func (g *Group) Add(e Event) error {
 			return err
 		}
 	}
-	if len(d.events) == 0 && g.pending >= maxOpenEvents {
+	if g.pending >= maxOpenEvents {
 		if err := g.closeAll(maxTime+second, true); err != nil {
 			return err
 		}
