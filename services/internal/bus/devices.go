@@ -160,6 +160,7 @@ type devices struct {
 	counts DeviceCounts
 	swept  time.Time
 
+	end  sync.Once
 	stop chan struct{}
 	done chan struct{}
 }
@@ -312,7 +313,7 @@ func (d *devices) close() {
 	d.mu.Lock()
 	running := d.acc != nil
 	d.mu.Unlock()
-	close(d.stop)
+	d.end.Do(func() { close(d.stop) })
 	if running {
 		<-d.done
 	}
