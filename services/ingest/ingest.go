@@ -64,6 +64,12 @@ type Config struct {
 	Rand io.Reader
 	// Batch bounds requests that carry many records.
 	Batch BatchLimits
+	// Device returns whose device's a key is, by the registry; known is false where
+	// the registry does not have the key, and the id empty where the key is nobody's
+	// that is a device. What comes on a device's own topic must then be signed by
+	// that device. It must be quick and safe for concurrent use. Optional: then
+	// only validation finds out.
+	Device func(identity.KeyID) (id traffic.DeviceID, known bool)
 }
 
 // Validate reports everything that is wrong with c.
@@ -114,6 +120,7 @@ const (
 	ReasonHeader      = "header"
 	ReasonContentType = "content-type"
 	ReasonBody        = "body" // could not be read to its end
+	ReasonDevice      = "not-its-device"
 
 	// Busy.
 	ReasonQueueFull   = "queue-full"
@@ -154,6 +161,7 @@ const (
 	DoorHTTP  = "http"  // single records
 	DoorBatch = "batch" // many in one request, by HTTP or gRPC
 	DoorGRPC  = "grpc"  // streams
+	DoorMQTT  = "mqtt"  // devices on their own topics
 )
 
 // DoorCounts counts requests with one record, and answers to them. What is
@@ -193,7 +201,9 @@ type Service struct {
 	sessions map[string]*session     // by subject and session id
 	sessAge  ring[string]            // bounds sessions
 	sub      *nats.Subscription
+	devSub   *nats.Subscription // of devices' own topics
 
+	lanes   lanes         // a lock of its own, never held with mu
 	batches chan struct{} // requests with many records that are in hand
 }
 
@@ -307,8 +317,10 @@ func (s *Service) Counts() Counts {
 		}
 	}
 	if s.sub != nil {
-		if n, err := s.sub.Dropped(); err == nil { // else it is closed
-			s.counts.Lost = uint64(n)
+		n, err1 := s.sub.Dropped()
+		m, err2 := s.devSub.Dropped()
+		if err1 == nil && err2 == nil { // else they are closed
+			s.counts.Lost = uint64(n + m)
 		}
 	}
 	c.Lost = s.counts.Lost
@@ -371,21 +383,26 @@ const inboxBytes = 256 << 20
 
 // listen takes records from NATS until ctx ends.
 func (s *Service) listen(ctx context.Context, closed <-chan nats.Status) error {
-	fail := func(err error) error {
-		return kind.Errorf(kind.Unavailable, "ingest: listening on %s: %w", topic.InboxAll(s.District), err)
-	}
-	sub, err := s.Bus.NC.QueueSubscribe(topic.InboxAll(s.District), topic.InboxQueue, s.request)
-	if err != nil {
-		return fail(err)
-	}
-	drained := make(chan struct{})
-	sub.SetClosedHandler(func(string) { close(drained) })
-	if err := sub.SetPendingLimits(4*s.MaxPending, inboxBytes); err != nil {
-		return fail(err)
+	var subs []*nats.Subscription
+	var drained []chan struct{}
+	for _, from := range []struct {
+		subject string
+		f       nats.MsgHandler
+	}{{topic.InboxAll(s.District), s.request}, {topic.DeviceUpAll(s.District), s.fromDevice}} {
+		sub, err := s.Bus.NC.QueueSubscribe(from.subject, topic.InboxQueue, from.f)
+		if err == nil {
+			end := make(chan struct{})
+			sub.SetClosedHandler(func(string) { close(end) })
+			subs, drained = append(subs, sub), append(drained, end)
+			err = sub.SetPendingLimits(4*s.MaxPending, inboxBytes)
+		}
+		if err != nil {
+			return kind.Errorf(kind.Unavailable, "ingest: listening on %s: %w", from.subject, err)
+		}
 	}
 	s.mu.Lock()
 	first := s.sub == nil
-	s.sub = sub
+	s.sub, s.devSub = subs[0], subs[1]
 	s.mu.Unlock()
 	if first {
 		close(s.ready)
@@ -393,16 +410,22 @@ func (s *Service) listen(ctx context.Context, closed <-chan nats.Status) error {
 	select {
 	case <-ctx.Done():
 	case <-closed:
-		return fail(nats.ErrConnectionClosed)
+		return kind.Errorf(kind.Unavailable, "ingest: listening on %s: %w", subs[0].Subject, nats.ErrConnectionClosed)
 	}
-	s.Counts()                          // notes what was lost, for the last time
-	if err := sub.Drain(); err != nil { // no more requests come; those here are taken
-		return fail(err)
+	s.Counts() // notes what was lost, for the last time
+	for _, sub := range subs {
+		if err := sub.Drain(); err != nil { // no more requests come; those here are taken
+			return kind.Errorf(kind.Unavailable, "ingest: listening on %s: %w", sub.Subject, err)
+		}
 	}
-	select {
-	case <-drained:
-	case <-time.After(s.StoreWait):
-		s.log.Warn("ingest: inbox not drained in time", "subject", sub.Subject)
+	late := time.After(s.StoreWait)
+	for i, sub := range subs {
+		select {
+		case <-drained[i]:
+		case <-late:
+			s.log.Warn("ingest: inbox not drained in time", "subject", sub.Subject)
+			return nil
+		}
 	}
 	return nil
 }
@@ -415,9 +438,9 @@ func (s *Service) Ready() <-chan struct{} { return s.ready }
 // server knows it.
 func (s *Service) Listening() bool {
 	s.mu.Lock()
-	sub := s.sub
+	sub, dev := s.sub, s.devSub
 	s.mu.Unlock()
-	return sub != nil && sub.IsValid() && s.Bus.NC.FlushTimeout(s.StoreWait) == nil
+	return sub != nil && sub.IsValid() && dev.IsValid() && s.Bus.NC.FlushTimeout(s.StoreWait) == nil
 }
 
 // request takes one record from NATS.

@@ -1475,8 +1475,11 @@ type Receipt struct {
 	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	// SHA-256 of "stopline commitment v1\n", salt, envelope: find it in the log's
 	// entries once sealed.
-	Commitment    []byte `protobuf:"bytes,3,opt,name=commitment,proto3" json:"commitment,omitempty"`
-	Salt          []byte `protobuf:"bytes,4,opt,name=salt,proto3" json:"salt,omitempty"`
+	Commitment []byte `protobuf:"bytes,3,opt,name=commitment,proto3" json:"commitment,omitempty"`
+	Salt       []byte `protobuf:"bytes,4,opt,name=salt,proto3" json:"salt,omitempty"`
+	// SHA-256 of the envelope as it was sent, where the receipt does not come back
+	// on the request's own way: by MQTT. Empty elsewhere.
+	Digest        []byte `protobuf:"bytes,5,opt,name=digest,proto3" json:"digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1535,6 +1538,13 @@ func (x *Receipt) GetCommitment() []byte {
 func (x *Receipt) GetSalt() []byte {
 	if x != nil {
 		return x.Salt
+	}
+	return nil
+}
+
+func (x *Receipt) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
 	}
 	return nil
 }
@@ -2102,14 +2112,15 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x04rule\x18\x04 \x01(\tR\x04rule\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x1f\n" +
 	"\vingress_seq\x18\x06 \x01(\x04R\n" +
-	"ingressSeq\"\xe4\x01\n" +
+	"ingressSeq\"\xfc\x01\n" +
 	"\aReceipt\x123\n" +
 	"\x06status\x18\x01 \x01(\x0e2\x1b.stopline.v1.Receipt.StatusR\x06status\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1e\n" +
 	"\n" +
 	"commitment\x18\x03 \x01(\fR\n" +
 	"commitment\x12\x12\n" +
-	"\x04salt\x18\x04 \x01(\fR\x04salt\"X\n" +
+	"\x04salt\x18\x04 \x01(\fR\x04salt\x12\x16\n" +
+	"\x06digest\x18\x05 \x01(\fR\x06digest\"X\n" +
 	"\x06Status\x12\x16\n" +
 	"\x12STATUS_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATUS_STORED\x10\x01\x12\x12\n" +
