@@ -235,7 +235,7 @@ func TestGroupErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, err := range []error{g.Add(at(1000, "a", 2)), g.Add(at(1000, "b", 2)), g.Flush()} {
-		if err != full {
+		if !errors.Is(err, full) {
 			t.Errorf("got %v, want the function's error", err)
 		}
 	}
