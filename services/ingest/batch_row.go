@@ -34,14 +34,14 @@ type row struct {
 	news    chan struct{} // there is something for next
 
 	mu     sync.Mutex
-	items  []*item // those that next has not returned, in order
-	head   int     // items[:head] have their final answers
-	sent   int     // items[:sent] have been sent in this round
-	flying int     // on their way
-	number uint64  // of the newest item that can be stored
-	failed bool    // this round: one was answered busy,
-	why    answer  // the newest such answer
-	since  time.Time
+	items  []*item   // those that next has not returned, in order
+	head   int       // items[:head] have their final answers
+	sent   int       // items[:sent] have been sent in this round
+	flying int       // on their way
+	number uint64    // of the newest item that can be stored
+	failed bool      // this round: one was answered busy,
+	why    answer    // the newest such answer
+	since  time.Time // of the first one since the last stored; zero if there is none
 	pause  time.Duration
 	closed bool // no more items come
 	over   bool // run has returned
@@ -239,7 +239,7 @@ func (r *row) again() (time.Duration, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := time.Now()
-	if r.patience > 0 && now.Sub(r.since) > r.patience || !r.until.IsZero() && !now.Before(r.until) {
+	if r.patience > 0 && !r.since.IsZero() && now.Sub(r.since) > r.patience || !r.until.IsZero() && !now.Before(r.until) {
 		return 0, false
 	}
 	r.failed, r.sent = false, 0

@@ -165,9 +165,11 @@ const (
 //
 // # Whole calls at fault
 //
-// INVALID_ARGUMENT and RESOURCE_EXHAUSTED carry google.rpc.BadRequest with field
-// and rule, as far as it is us who notice: the text of what cannot be read as the
-// message of the schema is grpc's.
+// INVALID_ARGUMENT carries google.rpc.BadRequest with field and rule; UNAVAILABLE
+// and too many calls carry google.rpc.ErrorInfo and RetryInfo. Two faults are
+// found by grpc before we see the message, and end a stream at once in its words:
+// RESOURCE_EXHAUSTED for a message larger than [GRPCConfig.MaxMessage], INTERNAL
+// for one that is not the schema's.
 type GRPC struct {
 	GRPCConfig
 	pb.UnimplementedIngestServiceServer
@@ -442,8 +444,11 @@ func (g *GRPC) Submit(rpc pb.IngestService_SubmitServer) error {
 	var end error // for when all that is taken has its receipt
 	for {
 		select {
-		case end = <-read:
+		case err := <-read:
 			read = nil
+			if stopping != nil { // else it may have been us who made it end
+				end = err
+			}
 			st.row.close()
 		case <-stopping:
 			stopping = nil
@@ -483,14 +488,10 @@ func (st *submission) read(ctx context.Context) error {
 			return status.FromContextError(ctx.Err()).Err()
 		}
 		m, err := st.rpc.Recv()
-		switch {
-		case errors.Is(err, io.EOF):
+		if errors.Is(err, io.EOF) {
 			return nil
-		case status.Code(err) == codes.ResourceExhausted:
-			return fault(codes.ResourceExhausted, &refusal{ReasonSize, "message", fmt.Sprintf("message: at most %d bytes are taken: %s", st.g.MaxMessage, status.Convert(err).Message())})
-		case status.Code(err) == codes.Internal: // could not be decoded; grpc has no other code for it
-			return fault(codes.InvalidArgument, &refusal{ReasonEnvelope, "message", "message: " + status.Convert(err).Message()})
-		case err != nil:
+		}
+		if err != nil { // grpc has told the gateway already
 			return err
 		}
 		var envelope []byte
