@@ -78,7 +78,7 @@ func (d *reader) econolite() error {
 		switch {
 		case t-tenths < -turn/2:
 			t += turn
-		case t-tenths > turn-late && t >= turn:
+		case t-tenths >= turn-late && t >= turn:
 			t -= turn
 		}
 		at := begin + t*tenth
