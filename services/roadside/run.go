@@ -57,7 +57,7 @@ type RunConfig struct {
 	// Store keeps the frames that have no receipt; the caller closes it. Optional:
 	// one in memory.
 	Store *Store
-	// Window bounds the frames on their way. Default 64.
+	// Window bounds the frames on their way. Default [Window].
 	Window int
 	// RetryFirst and RetryMost bound the wait after the inbox has given up, less
 	// up to a half, at random. Default 50 ms and 1 s.
@@ -66,6 +66,11 @@ type RunConfig struct {
 	// Default 2 s. Those left stay in the store.
 	Drain time.Duration
 }
+
+// Window is how many frames of one unit may be on their way: usually there is
+// one, and after the network was away thousands want to go. One batch of ingest
+// takes as many. The sender's own window, for each inbox, should be no smaller.
+const Window = 256
 
 // commandQueue bounds the commands between the network and the unit: one a
 // second is usual, so that more than these are an attack, and lost ones counted.
@@ -99,7 +104,7 @@ func (c *RunConfig) defaults() error {
 		}
 	}
 	if c.Window == 0 {
-		c.Window = 64
+		c.Window = Window
 	}
 	return errors.Join(errs...)
 }

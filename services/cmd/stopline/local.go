@@ -253,7 +253,9 @@ func (l *local) connect(name string) (*bus.Bus, error) {
 }
 
 func (l *local) sender(b *bus.Bus) (*bus.Sender, error) {
-	s, err := bus.NewSender(bus.SenderConfig{Bus: b, Logger: l.log})
+	// As many as fit into one batch of ingest: a unit that was cut off comes back
+	// with thousands of frames.
+	s, err := bus.NewSender(bus.SenderConfig{Bus: b, Window: roadside.Window, Logger: l.log})
 	if err != nil {
 		return nil, err
 	}
