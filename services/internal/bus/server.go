@@ -196,8 +196,8 @@ func (s serverLog) Warnf(format string, v ...any) {
 		return
 	}
 	level := slog.LevelWarn
-	if strings.HasPrefix(format, "Maximum payloads over") {
-		level = slog.LevelDebug // we chose it: see topic.MaxPayload
+	if strings.HasPrefix(format, "Maximum payloads over") || strings.HasPrefix(format, "Websocket not configured with TLS") {
+		level = slog.LevelDebug // we chose it: see topic.MaxPayload, DeviceOptions.CertFile
 	}
 	s.log(level, format, v)
 }
