@@ -358,7 +358,9 @@ func TestTooManyBatches(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		defer r.Body.Close()
+		if err := r.Body.Close(); err != nil {
+			t.Error(err)
+		}
 		if r.StatusCode != http.StatusOK {
 			t.Errorf("the slow one: got %s, want 200", r.Status)
 		}

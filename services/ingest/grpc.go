@@ -206,7 +206,7 @@ func NewGRPC(c GRPCConfig) (*GRPC, error) {
 		grpc.MaxHeaderListSize(headerBytes), grpc.StaticStreamWindowSize(streamWindow), grpc.StaticConnWindowSize(connWindow),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingWait}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingMin, PermitWithoutStream: true}),
-		grpc.SharedWriteBuffer(true), grpc.WaitForHandlers(true),
+		grpc.WaitForHandlers(true),
 	}
 	if c.CertFile != "" {
 		t, err := c.tls()

@@ -123,7 +123,7 @@ func ExampleGRPC() {
 		fmt.Println(err)
 		return
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	g := &gateway{client: pb.NewIngestServiceClient(conn), room: make(chan struct{}, 100)}
 
 	records := make(chan *pb.SubmitRequest)
@@ -160,7 +160,7 @@ func exampleDistrict(ctx context.Context) (addr string, stop func(), err error) 
 	if err != nil {
 		return "", nil, err
 	}
-	stops := []func(){func() { os.RemoveAll(dir) }}
+	stops := []func(){func() { _ = os.RemoveAll(dir) }}
 	stop = func() {
 		for i := len(stops) - 1; i >= 0; i-- {
 			stops[i]()

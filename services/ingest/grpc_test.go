@@ -104,6 +104,15 @@ func client(t testing.TB, g *GRPC) pb.IngestServiceClient {
 	return pb.NewIngestServiceClient(dial(t, g))
 }
 
+// lazyWindow is what HTTP/2 lets us send to a lazy client that does not read.
+const lazyWindow = 64 << 10
+
+// lazyClient has windows that do not grow.
+func lazyClient(t testing.TB, g *GRPC) pb.IngestServiceClient {
+	return pb.NewIngestServiceClient(dial(t, g, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithStaticStreamWindowSize(lazyWindow), grpc.WithStaticConnWindowSize(lazyWindow)))
+}
+
 func submit(t testing.TB, ctx context.Context, c pb.IngestServiceClient) pb.IngestService_SubmitClient {
 	t.Helper()
 	s, err := c.Submit(ctx)
@@ -345,7 +354,7 @@ func TestGRPCClientThatNeverReads(t *testing.T) {
 	var sent atomic.Int64
 	var senders sync.WaitGroup
 	for i := range lazy {
-		st := submit(t, ctx, client(t, g))
+		st := submit(t, ctx, lazyClient(t, g))
 		senders.Go(func() {
 			for n := 0; ; n++ {
 				// What they bring is not a frame, which only validation would notice.
@@ -358,8 +367,9 @@ func TestGRPCClientThatNeverReads(t *testing.T) {
 		})
 	}
 	// Each can be ahead by its window, and by what both ends' transports hold of
-	// records and of receipts, which have more than 64 bytes.
-	bound := int64(lazy * (window + (streamWindow+(256<<10))/size + (256<<10)/64))
+	// records and of receipts, which have more than 64 bytes; grpc has buffers of
+	// 64 KiB beside the windows.
+	bound := int64(lazy * (window + (streamWindow+(128<<10))/size + (lazyWindow+(128<<10))/64))
 	last := int64(-1)
 	until(t, "senders slowed down", func() bool {
 		n := sent.Load()
@@ -391,7 +401,7 @@ func TestGRPCEndsAStreamThatIsNotRead(t *testing.T) {
 	t.Parallel()
 	b := servicetest.District(t, district)
 	g := door(t, running(t, b, nil), func(c *GRPCConfig) { c.ReadWait = 50 * time.Millisecond })
-	st := submit(t, within(t), client(t, g))
+	st := submit(t, within(t), lazyClient(t, g))
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)
@@ -725,14 +735,14 @@ func TestGRPCTooManyCallsAndConnections(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close()
+		t.Cleanup(func() { _ = conn.Close() }) // nothing is written to it
 	}
 	until(t, "three connections", func() bool { return g.Counts().Connections == 3 })
 	conn, err := net.Dial("tcp", g.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	t.Cleanup(func() { _ = conn.Close() })
 	if err := conn.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
