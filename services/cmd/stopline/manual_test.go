@@ -18,6 +18,7 @@ func TestManualPages(t *testing.T) {
 		"fsck":     {"--policy FILE", "--json", "EXIT STATUS"},
 		"enrol":    {"--data DIR", "--device ID", "--junction ID", "--key FILE", "--public-key FILE", "--revoke", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
 		"replay":   {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},
+		"measures": {"--measure NAMES", "Default: all", "--config FILE", "--bin LENGTH", "Default: 15m0s", "--format FORM", "Default: csv", "--out DIR", "--red-occupancy SHARE", "Default: 0.8", "EXIT STATUS"},
 		"version":  {},
 	}
 	option := regexp.MustCompile(`(?m)^    --[a-z-]+( [A-Z]+)?\n        \S`)
@@ -85,6 +86,7 @@ func TestWrongUsage(t *testing.T) {
 		{[]string{"simulate"}, "--config is needed"},
 		{[]string{"verify", "--policy"}, "flag needs an argument"},
 		{[]string{"fsck", "a", "b"}, "got 2 arguments"},
+		{[]string{"measures"}, "a log is needed"},
 		{[]string{"enrol"}, "--data and --device are needed"},
 	} {
 		r := inside(t, c.args...)
