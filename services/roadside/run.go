@@ -27,8 +27,9 @@ type Inbox interface {
 	//
 	// done is called once, at the latest when ctx has ended: with no error when
 	// the envelope is stored, with one of kind Invalid when it was refused for
-	// good; with any other, nobody knows, and it is safe to send it again. An error
-	// returned means that it was not sent and done will not be called.
+	// good; with any other, nobody knows, and it is safe to send it again: then the
+	// inbox is closed, or ctx has ended, and what is given after it is not sent. An
+	// error returned means that it was not sent and done will not be called.
 	SendAsync(ctx context.Context, d traffic.DistrictID, k identity.RecordKind, source string, envelope []byte, done func(*pb.Receipt, error)) error
 }
 

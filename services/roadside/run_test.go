@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -29,8 +30,6 @@ type inbox struct {
 	n      int
 	stored [][]byte
 	line   chan func()
-	flying int
-	broken bool // one has failed: those behind it fail too
 }
 
 func newInbox(answer func(n int, envelope []byte) (*pb.Receipt, error)) *inbox {
@@ -57,43 +56,22 @@ func (i *inbox) SendAsync(ctx context.Context, d traffic.DistrictID, k identity.
 			}
 		}()
 	}
-	if i.flying == 0 {
-		i.broken = false
-	}
-	i.flying++
-	i.line <- func() {
-		r, err := i.take(ctx, envelope)
-		i.mu.Lock()
-		i.flying--
-		i.mu.Unlock()
-		done(r, err)
-	}
-	return nil
-}
-
-func (i *inbox) take(ctx context.Context, envelope []byte) (*pb.Receipt, error) {
 	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	i.mu.Lock()
-	if i.broken {
-		i.mu.Unlock()
-		return nil, errors.New("behind one that failed")
+		return err
 	}
 	i.n++
-	n := i.n
-	i.mu.Unlock()
 	r, err := receipt(envelope), error(nil)
 	if i.answer != nil {
-		r, err = i.answer(n, envelope)
+		r, err = i.answer(i.n, envelope)
 	}
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	i.broken = err != nil && kind.Of(err) != kind.Invalid
+	if err != nil && kind.Of(err) != kind.Invalid {
+		return err // nothing is taken out of order
+	}
 	if err == nil && r.Status == pb.Receipt_STATUS_STORED {
 		i.stored = append(i.stored, envelope)
 	}
-	return r, err
+	i.line <- func() { done(r, err) }
+	return nil
 }
 
 type line struct {
@@ -326,6 +304,79 @@ func TestRunSendsTheRestAtTheEnd(t *testing.T) {
 	c := s.unit.Counters()
 	if c.Stored != c.Frames+c.EventFrames || c.Frames != 5 {
 		t.Errorf("stored %d of %d frames after the end", c.Stored, c.Frames+c.EventFrames)
+	}
+}
+
+// What a unit could not send is sent by its next boot, before anything else; a
+// command that was obeyed before cannot be replayed.
+func TestRunGoesOnAfterARestart(t *testing.T) {
+	dir := t.TempDir()
+	open := func() *Store {
+		s, err := OpenStore(StoreConfig{Dir: dir, Flush: 10 * time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	store := open()
+	away := newInbox(func(int, []byte) (*pb.Receipt, error) { return nil, errors.New("no responders") })
+	s := newShell(t, away, func(c *RunConfig) { c.Store, c.Drain = store, time.Millisecond })
+	s.tick(200)
+	replay := seal("signal-control", s.command("h0101", 2))
+	s.line.commands <- replay
+	if got := <-s.line.status; got.Result == nil || !got.Result.Applied {
+		t.Fatalf("got status %v, want the command applied", got)
+	}
+	s.tick(100)
+	made := func(c Counters) uint64 { return c.Frames + c.EventFrames }
+	s.wait("everything written", func(c Counters) bool { return c.Ticks == 300 && store.Stats().Kept == made(c) })
+	// kill -9: the folder as it is, whatever the process still meant to do.
+	copied := t.TempDir()
+	if err := os.CopyFS(copied, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	first := made(s.unit.Counters())
+	if err := s.end(); err != nil {
+		t.Errorf("the end with frames left: %v, want no error, as they are kept", err)
+	}
+	if c := s.unit.Counters(); c.SendDropped != 0 || store.Stats().Waiting != int(first) {
+		t.Errorf("got %+v and %+v, want %d frames kept", c, store.Stats(), first)
+	}
+
+	if err := s.unit.Run(context.Background(), RunConfig{Inbox: away, Line: s.line, Store: open()}); err == nil || !strings.Contains(err.Error(), "boot_epoch: 1, the store holds frame 1/") {
+		t.Errorf("the same boot again: got %v, want it refused by its epoch", err)
+	}
+
+	dir = copied
+	store = open()
+	if n := store.Stats().Found; n != first {
+		t.Fatalf("found %d frames after the kill, want %d", n, first)
+	}
+	cfg := s.unit.cfg
+	cfg.BootEpoch, cfg.LastCommand = 2, store.LastCommand()
+	unit, err := New(s.city.Now(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := unit.Command(s.city.Now(), replay); got.Applied || !strings.HasPrefix(got.Reason, "seq: ") {
+		t.Errorf("the command again: got %+v, want it refused by its sequence", got)
+	}
+	s.unit, s.inbox, s.ticks = unit, newInbox(nil), make(chan time.Time)
+	ctx, stop := context.WithCancel(context.Background())
+	s.stop = stop
+	go func() {
+		s.done <- unit.Run(ctx, RunConfig{Inbox: s.inbox, Line: s.line, Now: s.city.Now, Ticks: s.ticks, Store: store})
+	}()
+	s.tick(50)
+	s.wait("everything stored", func(c Counters) bool { return c.Ticks == 50 && c.Stored == first+made(c) })
+	if err := s.end(); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range s.inbox.stored {
+		s.judge(e) // which wants them in order, and no gap
+	}
+	if st := store.Stats(); s.frames != len(s.inbox.stored) || st.Waiting != 0 || st.Dropped != 0 {
+		t.Errorf("got %d frames and %+v, want nothing left", s.frames, st)
 	}
 }
 

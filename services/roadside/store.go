@@ -108,7 +108,9 @@ func (s *StoreStats) Add(o StoreStats) {
 // 64th of the bounds. When the store is full the oldest file without events
 // goes, as a whole; only where there is none left, the oldest with events, and
 // only for frames with events. No file is ever written anew: a store that is full, or damaged, needs no more
-// room than before. A file goes when the last of its frames has its receipt.
+// room than before. A file goes when the last of its frames has its receipt. A
+// frame that goes while it is on its way, of which there are at most [Window],
+// may still arrive; what it counts as is known with its answer.
 //
 // When files cannot be written, frames wait in memory, at most 4,096 of them.
 type Store struct {

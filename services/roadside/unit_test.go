@@ -225,6 +225,7 @@ func TestCommandsRefused(t *testing.T) {
 		{"expired", changed(func(c *traffic.Command) {
 			c.Issued, c.Expires = c.Issued.Add(-3*time.Second), c.Expires.Add(-3*time.Second)
 		}), RuleExpired, "expires: 1s ago"},
+		{"from before the boot", changed(func(c *traffic.Command) { c.RestsOn = traffic.FrameKey{Device: u.cfg.Device, Seq: 7} }), RuleBoot, "rests_on: frame rsu-h0101/0/7, this is boot epoch 1"},
 		{"an hour old", changed(func(c *traffic.Command) { c.Issued, c.Expires = c.Issued.Add(-time.Hour), c.Expires.Add(-time.Hour) }), RuleExpired, "expires: 59m58s ago"},
 		{"from the future", changed(func(c *traffic.Command) {
 			c.Issued, c.Expires = c.Issued.Add(501*time.Millisecond), c.Expires.Add(time.Second)

@@ -313,14 +313,14 @@ func (o *outage) modes(m traffic.Mode) bool {
 }
 
 // The network is away for an hour. Units run their own plans and keep their
-// frames; one is restarted meanwhile, another has room for half an hour only. When
+// frames; one is restarted meanwhile, another has room for a third of them. When
 // the network is back each frame that was kept is decided, once and in order, all
 // with events among them; the gaps are those that the units have declared; and
 // the junctions are coordinated again.
 func TestOutage(t *testing.T) {
 	processTest(t)
-	const hour = 3600
-	small := roadside.StoreConfig{MaxFrames: 2400}
+	const hour = outageSeconds
+	small := roadside.StoreConfig{MaxFrames: hour / 3}
 	o := newOutage(t, 2, func(i int) roadside.StoreConfig { return []roadside.StoreConfig{{}, small}[i] })
 	for range 40 {
 		if o.live(); o.modes(traffic.Coordinated) {
@@ -334,7 +334,7 @@ func TestOutage(t *testing.T) {
 	o.cable.pull(true)
 	for i := range hour {
 		o.second()
-		if i >= 60 && i%300 == 0 && !o.modes(traffic.Local) {
+		if i >= 60 && i%100 == 0 && !o.modes(traffic.Local) {
 			t.Fatalf("after %d s without the network a junction is not on its local plan", i)
 		}
 		if i == hour/2 {
@@ -354,7 +354,7 @@ func TestOutage(t *testing.T) {
 
 	o.cable.pull(false)
 	healed, seconds := time.Now(), 0
-	for ; seconds < 60 && !o.modes(traffic.Coordinated); seconds++ {
+	for ; time.Since(healed) < 4*soon && !o.modes(traffic.Coordinated); seconds++ {
 		o.live()
 	}
 	t.Logf("%d frames waited; coordinated %.2f s after the network was back, %d s of the street's time", waiting, time.Since(healed).Seconds(), seconds)

@@ -99,7 +99,9 @@ type entry struct {
 	n    uint64
 	data []byte
 	done func(*pb.Receipt, error)
-	stop func() bool // ends the watch on the entry's ctx
+	// Of the entry's ctx: whether it has ended, and what ends the watch on it.
+	ended func() error
+	stop  func() bool
 
 	// Guarded by lane.mu.
 	flying  bool
@@ -159,8 +161,8 @@ func (s *Sender) Send(ctx context.Context, district traffic.DistrictID, k identi
 
 // SendAsync sends one record and calls done with what [Sender.Send] would
 // return; for one inbox the calls come one after another, in order. It does not
-// wait: an error, of kind Unavailable, says that the queue is full or the Sender
-// closed, and that done will not be called. envelope must not be changed before
+// wait: an error, of kind Unavailable, says that the queue is full, the Sender
+// closed or ctx at its end, and that done will not be called. envelope must not be changed before
 // done is called.
 func (s *Sender) SendAsync(ctx context.Context, district traffic.DistrictID, k identity.RecordKind, source string, envelope []byte, done func(*pb.Receipt, error)) error {
 	subject := topic.Inbox(district, string(k), source)
@@ -181,8 +183,13 @@ func (s *Sender) SendAsync(ctx context.Context, district traffic.DistrictID, k i
 	if len(l.queue) >= s.Queue {
 		return kind.Errorf(kind.Unavailable, "bus: sending to %s: %d records wait already: %w", subject, len(l.queue), ErrFull)
 	}
+	// Those before it with the same ctx may be given up by now: to store this one
+	// would be out of order.
+	if ctx.Err() != nil {
+		return kind.Errorf(kind.Unavailable, "bus: sending to %s: never sent: %w", subject, context.Cause(ctx))
+	}
 	l.next++
-	e := &entry{lane: l, n: l.next, data: envelope, done: done}
+	e := &entry{lane: l, n: l.next, data: envelope, done: done, ended: ctx.Err}
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -313,8 +320,8 @@ func (l *lane) pump() {
 	for l.flying < window && l.sent < len(l.queue) {
 		e := l.queue[l.sent]
 		l.sent++
-		if e.final {
-			continue
+		if e.final || e.ended() != nil {
+			continue // the latter is given up in a moment
 		}
 		if err := l.send(e); err != nil {
 			if kind.Of(err) == kind.Invalid { // will never go
