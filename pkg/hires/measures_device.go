@@ -45,10 +45,9 @@ func rank(code uint16) uint16 {
 
 // meterDevice is what a meter remembers of one device.
 type meterDevice struct {
-	m        *Meter
-	id       traffic.DeviceID
-	newest   int64 // stamp of the last event
-	finished bool
+	m      *Meter
+	id     traffic.DeviceID
+	newest int64 // stamp of the last event
 	// behind is by how much events of detectors can lie before those of the lights
 	// that were logged at the same time.
 	behind int64

@@ -245,6 +245,23 @@ func TestCoordinationDiagram(t *testing.T) {
 	}
 }
 
+// Oregon's own configuration, of another signal.
+func TestSampleDetectorConfig(t *testing.T) {
+	c, err := ParseDetectorConfig(shared(t, "hires-odot/odot_sample_config.csv"))
+	if err != nil || len(c.Detectors("1136")) != 16 {
+		t.Fatalf("got %d detectors, want 16; %v", len(c.Detectors("1136")), err)
+	}
+	r := measureFile(t, "hires-odot/odot_sample_raw_data.csv.gz", MeterOptions{Detectors: c, Measures: []Measure{MeasureSplitFailures}})
+	for _, s := range r.SplitFailures {
+		if s.Cycles == 0 || s.Failures > s.Cycles || !slices.Contains([]uint16{2, 5, 6, 8}, s.Phase) {
+			t.Errorf("got %+v, want cycles of the phases with Presence detectors only", s)
+		}
+	}
+	if len(r.SplitFailures) == 0 {
+		t.Error("got no cycles")
+	}
+}
+
 // What the real log must satisfy whatever its figures are.
 func TestMeasuresAgree(t *testing.T) {
 	r := measureFile(t, "hires-odot/odot_hires_test_data.csv.gz", MeterOptions{Detectors: detectorConfig(t, odotDetectors)})

@@ -2,6 +2,7 @@ package hires
 
 import (
 	"cmp"
+	"math"
 	"slices"
 )
 
@@ -192,7 +193,8 @@ func (p *meterPhase) finishSplits() {
 		return
 	}
 	for at, b := range s.bins {
-		r := SplitRow{Time: Stamp(at), Device: p.d.id, Phase: p.number, Cycles: b.cycles, Incomplete: b.incomplete, Failures: b.failures, Green: Unknown}
+		r := SplitRow{Time: Stamp(at), Device: p.d.id, Phase: p.number, Cycles: b.cycles, Incomplete: b.incomplete, Failures: b.failures,
+			Green: Unknown, GreenOccupancy: Share(math.NaN()), RedOccupancy: Share(math.NaN())}
 		if n := float64(b.cycles); n > 0 {
 			r.Green = Seconds((b.green/int64(b.cycles) + 500_000) / 1_000_000 * 1_000_000) // to the millisecond
 			r.GreenOccupancy, r.RedOccupancy = Share(b.greenShare/n), Share(b.redShare/n)

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"reflect"
 	"slices"
 	"strconv"
@@ -25,7 +26,8 @@ type Seconds int64
 const Unknown Seconds = -1 << 63
 
 // Share is a part of one. It has the precision of a float32, and prints as the
-// shortest decimal that reads back as the same.
+// shortest decimal that reads back as the same. NaN is not known; tables leave it
+// out.
 type Share float32
 
 // The kinds of termination, as in the published tables of Oregon.
@@ -291,6 +293,9 @@ func cell(b []byte, v reflect.Value, f StampFormat) (cell []byte, text bool) {
 		}
 		return b, false
 	case Share:
+		if math.IsNaN(float64(x)) {
+			return b, false
+		}
 		return strconv.AppendFloat(b, float64(x), 'f', -1, 32), false
 	}
 	switch v.Kind() {
