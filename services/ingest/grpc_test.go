@@ -331,12 +331,56 @@ func TestNobodyOvertakesARecordThatAnotherBrought(t *testing.T) {
 	s.failAll(nil)
 	take(two, 2)
 	if len(got) != 3 || got[0].reason != ReasonBehind || got[1].reason != ReasonBehind || got[2].reason != ReasonTurn {
-		t.Errorf("got %+v, want both told, and the second row's next record out of turn", got)
+		t.Fatalf("got %+v, want both told, and the second row's next record out of turn", got)
 	}
 	take(two, 1)
 	take(two, 2)
 	if len(got) != 3 || len(s.queue) != 2 {
 		t.Errorf("got %+v, %d queued, want both records taken, in their order", got[3:], len(s.queue))
+	}
+}
+
+// A row's second record is on its way to us when the first one is given up.
+func TestRowDoesNotOvertakeItself(t *testing.T) {
+	t.Parallel()
+	s, err := New(Config{District: district, Bus: &bus.Bus{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.running = true // and no writer
+	r := s.newRow(DoorGRPC)
+	take := func() func() {
+		it, envelope, tn, what := r.step()
+		if what != stepSend {
+			t.Fatalf("got step %d, want a record to send", what)
+		}
+		return func() { s.take(envelope, tn, func(a answer) { r.answered(it, a) }) }
+	}
+	for i := range 3 {
+		if !r.add(&item{envelope: envelope(i)}) {
+			t.Fatal("not added")
+		}
+	}
+	take()()
+	second := take()
+	s.failAll(nil)
+	second()
+	if n, why := r.rest(); n != 3 || why.reason != ReasonTurn || len(s.queue) != 0 {
+		t.Fatalf("got %d queued, the newest answer %q, want the second record out of turn", len(s.queue), why.reason)
+	}
+	if _, _, _, what := r.step(); what != stepPause {
+		t.Errorf("got step %d, want the round over", what)
+	}
+	if pause, ok := r.again(); pause != minPause || !ok {
+		t.Errorf("got a pause of %v, %v, want %v and another round", pause, ok, minPause)
+	}
+	for range 3 {
+		take()()
+	}
+	for i, rec := range s.queue {
+		if !bytes.Equal(rec.envelope, envelope(i)) {
+			t.Errorf("record %d is queued out of order", i)
+		}
 	}
 }
 
