@@ -45,6 +45,10 @@ func actuated(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decision)
 	if v.Signal.SinceMS >= longest {
 		return m.decide(next, fmt.Sprintf("actuated: max-out, stage %d has lasted %d s, stage %d is next", at, v.Signal.SinceMS/1000, next))
 	}
+	// Who is on recall has the plan's green: nobody sees whether it is used.
+	if recalled(j, v, at, next) && v.Signal.SinceMS < planGreen(j, r, at) {
+		return m.decide(at, fmt.Sprintf("actuated: stage %d has the plan's green, a detector has failed", at))
+	}
 	// Only greens that the next stage takes away can hold it back.
 	for g := range j.Groups {
 		if j.Groups[g].Kind != traffic.Pedestrians && j.Stages[at].State.At(g).Go() &&
@@ -53,6 +57,29 @@ func actuated(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decision)
 		}
 	}
 	return m.decide(next, fmt.Sprintf("actuated: gap-out of stage %d, stage %d is next", at, next))
+}
+
+// recalled reports whether a movement that stage at lets go, and stage next does
+// not, is on recall.
+func recalled(j *traffic.Junction, v View, at, next int) bool {
+	for i := range j.Movements {
+		g := j.Movements[i].Group
+		if v.Movements[i].Recall && j.Stages[at].State.At(g).Go() && !j.Stages[next].State.At(g).Go() {
+			return true
+		}
+	}
+	return false
+}
+
+// planGreen is the green that the plan gives a stage, at its first step with it;
+// the minimum where it has none.
+func planGreen(j *traffic.Junction, r Rules, stage int) int64 {
+	for _, s := range j.Plan.Steps {
+		if s.Stage == stage {
+			return max(s.DurationMS-s.IntergreenMS, stageMinGreen(j, r, stage))
+		}
+	}
+	return stageMinGreen(j, r, stage)
 }
 
 // has reports whether any movement is held by group g.

@@ -14,9 +14,10 @@ const (
 	busWeight        = 5000
 	pedWeight        = 2000 // a pedestrian call, and as much again for each 15 s of wait
 	pedWaitMS        = 15_000
-	downstreamShare  = 250 // of each vehicle on the exit
-	fullPermille     = 850 // an exit as full as that takes hardly anybody
-	blockedShare     = 100 // what a movement into a full exit counts, of its weight
+	recallMS         = 6_000 // of red, for each vehicle that is taken to wait where a detector has failed
+	downstreamShare  = 250   // of each vehicle on the exit
+	fullPermille     = 850   // an exit as full as that takes hardly anybody
+	blockedShare     = 100   // what a movement into a full exit counts, of its weight
 	stayBonus        = 1000
 	ordinaryMS       = 9000 // a green in use lasts that long, so that it pays for its change
 	useGapMS         = 3000 // a green that nobody has used for so long is not in use
@@ -113,6 +114,9 @@ func (m Memory) pressures(j *traffic.Junction, v View) []int {
 		load := 1000 * max(mv.Vehicles, m.Queue[i]) / max(mv.Shared, 1)
 		if !mv.Known {
 			load = 1000
+		}
+		if mv.Recall {
+			load += int(1000 * (m.RedMS[j.Movements[i].Group] / recallMS))
 		}
 		if v.Priority[i] == traffic.Bus {
 			load += busWeight

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -590,5 +591,90 @@ func BenchmarkSequencer(b *testing.B) {
 			b.Fatal(err)
 		}
 		s.Next(epoch.Add(time.Duration(i) * 100 * ms))
+	}
+}
+
+// TestObserveWithout: what a failed detector says is left out as if it were not
+// there; without another one that sees the stop line the movement is on recall.
+func TestObserveWithout(t *testing.T) {
+	j := crossing()
+	j.Detectors = []traffic.Detector{
+		{ID: "s0", Kind: traffic.StopLine, Lane: j.Movements[0].From, Movements: []int{0}, Group: -1},
+		{ID: "a0", Kind: traffic.Area, Lane: j.Movements[0].From, LengthCM: 9000, Movements: []int{0}, Group: -1},
+		{ID: "s2", Kind: traffic.StopLine, Lane: j.Movements[2].From, Movements: []int{2}, Group: -1},
+		{ID: "u2", Kind: traffic.Advance, Lane: j.Movements[2].From, Movements: []int{2}, Group: -1},
+		{ID: "u3", Kind: traffic.Advance, Lane: j.Movements[3].From, Movements: []int{3}, Group: -1},
+		{ID: "b", Kind: traffic.Button, Group: 4},
+	}
+	f := &traffic.Frame{Time: epoch}
+	for _, d := range j.Detectors {
+		f.Readings = append(f.Readings, traffic.Reading{Detector: d.ID, Count: 2, OccupancyPermille: 1000, Vehicles: 4, Halted: 3, HeadWaitMS: 9000})
+	}
+	f.Readings[5] = traffic.Reading{Detector: "b"}
+	for _, tc := range []struct {
+		failed string
+		recall []int
+	}{{"", nil}, {"s0", nil}, {"a0", nil}, {"s0 a0", []int{0}}, {"u2", nil}, {"s2", []int{2}}, {"s2 u2", []int{2}}, {"u3", []int{3}}, {"b", nil}} {
+		failed := func(d traffic.DetectorID) bool { return slices.Contains(strings.Fields(tc.failed), string(d)) }
+		got := timing.ObserveWithout(j, f, failed)
+		rest := *j
+		rest.Detectors = slices.DeleteFunc(slices.Clone(j.Detectors), func(d traffic.Detector) bool { return failed(d.ID) })
+		want := timing.Observe(&rest, f)
+		for i := range want.Movements {
+			if slices.Contains(tc.recall, i) {
+				want.Movements[i].Known, want.Movements[i].Recall = false, true
+			}
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("without %q: got %+v, want %+v", tc.failed, got, want)
+		}
+		if want := strings.Contains(tc.failed, "b"); got.Calls[4] != want {
+			t.Errorf("without %q: got pedestrians waiting %v, want %v", tc.failed, got.Calls[4], want)
+		}
+	}
+	if !reflect.DeepEqual(timing.ObserveWithout(j, f, nil), timing.Observe(j, f)) {
+		t.Error("with nothing failed: got another view")
+	}
+}
+
+// TestRecall: a movement on recall has the plan's green while others wait, no
+// longer; and is served when others never end.
+func TestRecall(t *testing.T) {
+	j := crossing()
+	plan := j.Plan.Steps[0].DurationMS - j.Plan.Steps[0].IntergreenMS
+	at := func(since int64, stage int) timing.View {
+		v := timing.View{Now: epoch.Add(time.Duration(since) * ms), Movements: make([]timing.MovementView, len(j.Movements)),
+			Calls: make([]bool, len(j.Groups)), Priority: make([]traffic.Priority, len(j.Movements)),
+			Signal: traffic.Signal{State: j.Stages[stage].State, Stage: stage, SinceMS: since}}
+		for i := range v.Movements {
+			v.Movements[i] = timing.MovementView{Known: true, Shared: 1, Present: true, Vehicles: 2, Counted: true}
+			if j.Stages[0].State.At(j.Movements[i].Group).Go() {
+				v.Movements[i] = timing.MovementView{Recall: true}
+			}
+		}
+		return v
+	}
+	for _, tc := range []struct {
+		since int64
+		stay  bool
+	}{{plan - 1000, true}, {plan, false}} {
+		m, _ := named(t, "actuated").Next(j, rules(t, "free"), timing.Memory{}, at(tc.since-5000, 0))
+		_, d := named(t, "actuated").Next(j, rules(t, "free"), m, at(tc.since, 0))
+		if got := d.Stage == 0; got != tc.stay {
+			t.Errorf("green for %d ms of %d: got stage %d, %s; want it to stay: %v", tc.since, plan, d.Stage, d.Rule, tc.stay)
+		}
+	}
+	// Max pressure: two vehicles each wait elsewhere; who is on recall is taken to
+	// be one more with each six seconds of red.
+	var m timing.Memory
+	first := int64(-1)
+	for since := int64(10_000); since < 60_000 && first < 0; since += 1000 {
+		var d timing.Decision
+		if m, d = named(t, "maxpressure").Next(j, rules(t, "free"), m, at(since, 2)); d.Stage == 0 {
+			first = since
+		}
+	}
+	if first < 0 {
+		t.Error("max pressure: got no green for those on recall within 50 s")
 	}
 }

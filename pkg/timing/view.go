@@ -29,6 +29,10 @@ type MovementView struct {
 	// reported. Counted: Vehicles was counted, by an area detector or an oracle,
 	// and is not merely 0 because loops cannot tell.
 	Known, Counted bool
+	// Recall: a detector has failed, and no other one sees the stop line. Nothing
+	// is known then, whatever else is; the movement is served in each round, for as
+	// long as the plan gives it.
+	Recall bool
 }
 
 // View is what a controller sees of one junction: one frame, by movement and
@@ -55,7 +59,16 @@ const present = 500
 //
 // An exit's capacity is what fits, standing, on the stretch that its detector
 // covers, and at most what the lane holds.
-func Observe(j *traffic.Junction, f *traffic.Frame) View {
+func Observe(j *traffic.Junction, f *traffic.Frame) View { return ObserveWithout(j, f, nil) }
+
+// ObserveWithout is [Observe] at a junction at which some detectors have failed:
+// what they say is left out, as if they were not there. failed may be nil.
+//
+// A movement that one of them tells something about falls back to its other
+// detectors. If none of those sees the stop line (an advance loop sees who comes,
+// and not who waits) it is on [MovementView].Recall. Pedestrians without a button
+// are taken to wait, as everywhere.
+func ObserveWithout(j *traffic.Junction, f *traffic.Frame, failed func(traffic.DetectorID) bool) View {
 	v := View{
 		Movements: make([]MovementView, len(j.Movements)),
 		Calls:     make([]bool, len(j.Groups)),
@@ -64,9 +77,28 @@ func Observe(j *traffic.Junction, f *traffic.Frame) View {
 	}
 	button := make([]bool, len(j.Groups))
 	oracle := make([]bool, len(j.Movements))
+	var lost, sees []bool // by movement
 	if f != nil {
 		v.Now, v.Signal = f.Time, f.Signal
 		readings := match(j, f)
+		if failed != nil {
+			lost, sees = make([]bool, len(j.Movements)), make([]bool, len(j.Movements))
+			for i, d := range j.Detectors {
+				out := failed(d.ID)
+				if out {
+					readings[i] = nil
+				}
+				for _, m := range d.Movements {
+					switch d.Kind {
+					case traffic.StopLine, traffic.Area, traffic.Oracle:
+						sees[m] = sees[m] || readings[i] != nil
+						lost[m] = lost[m] || out
+					case traffic.Advance:
+						lost[m] = lost[m] || out
+					}
+				}
+			}
+		}
 		for i, d := range j.Detectors {
 			if r := readings[i]; r != nil && d.Kind == traffic.Oracle {
 				for _, m := range d.Movements {
@@ -95,6 +127,11 @@ func Observe(j *traffic.Junction, f *traffic.Frame) View {
 					}
 				}
 			}
+		}
+	}
+	for m := range v.Movements {
+		if lost != nil && lost[m] && !sees[m] {
+			v.Movements[m].Known, v.Movements[m].Recall = false, true
 		}
 	}
 	for g := range v.Calls {

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/stopline-traffic/stopline/pkg/health"
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/timing"
@@ -63,6 +64,7 @@ type Core struct {
 	cfg    CoreConfig
 	memory map[traffic.JunctionID]timing.Memory
 	last   map[traffic.JunctionID]uint64 // newest command's seq
+	health healthState
 }
 
 // NewCore returns a Core that remembers nothing.
@@ -70,7 +72,8 @@ func NewCore(c CoreConfig) (*Core, error) {
 	if err := c.Validate(); err != nil {
 		return nil, fmt.Errorf("signal-control: %w", err)
 	}
-	return &Core{cfg: c, memory: map[traffic.JunctionID]timing.Memory{}, last: map[traffic.JunctionID]uint64{}}, nil
+	return &Core{cfg: c, memory: map[traffic.JunctionID]timing.Memory{}, last: map[traffic.JunctionID]uint64{},
+		health: healthState{monitors: map[traffic.JunctionID]*health.Monitor{}, last: map[traffic.JunctionID]uint64{}}}, nil
 }
 
 // Order is one command with its signed envelope.
@@ -107,10 +110,12 @@ func (c *Core) Decide(now time.Time, height ledger.Height, frames []*traffic.Fra
 // Commands returns the commands that follow from the accepted frames of the block
 // at height, in the order of the frames. Of several periodic frames of one
 // junction the newest counts, at equal times the later in the block; frames sent
-// at events do not ask for a decision.
+// at events do not ask for a decision. What detectors say that have failed by what
+// is known after the block is left out; see [Core.Health].
 // junction returns the definition in force.
 func (c *Core) Commands(now time.Time, height ledger.Height, frames []*traffic.Frame,
 	junction func(traffic.JunctionID) (*traffic.Junction, bool)) ([]traffic.Command, []Refusal) {
+	c.Observe(height, frames, junction)
 	newest := make(map[traffic.JunctionID]*traffic.Frame, len(frames))
 	for _, f := range frames {
 		if f.Interval <= 0 {
@@ -147,7 +152,7 @@ func (c *Core) Commands(now time.Time, height ledger.Height, frames []*traffic.F
 }
 
 func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, f *traffic.Frame) (traffic.Command, error) {
-	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], timing.Observe(j, f))
+	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], c.view(j, f))
 	c.memory[j.ID] = m
 	if d.Stage < 0 || d.Stage >= len(j.Stages) {
 		return traffic.Command{}, fmt.Errorf("controller %s wants stage %d of %d", c.cfg.Controller.Name, d.Stage, len(j.Stages))

@@ -2,18 +2,28 @@ package signalcontrol
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/health"
 	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/kind"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/internal/agreed"
 	"github.com/stopline-traffic/stopline/services/internal/bus"
 	"github.com/stopline-traffic/stopline/services/internal/decided"
+	"github.com/stopline-traffic/stopline/services/internal/district"
 	"github.com/stopline-traffic/stopline/services/internal/run"
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
@@ -46,12 +56,17 @@ type Config struct {
 // Counters of the service.
 type Counters struct {
 	Blocks   atomic.Uint64
+	Height   atomic.Uint64 // newest block that was dealt with
 	Earlier  atomic.Uint64 // blocks of before the start, on which nothing is decided
 	Sent     atomic.Uint64 // commands given to the street
 	Sealed   atomic.Uint64 // commands that ingest has stored
 	Unsealed atomic.Uint64 // commands that ingest refused, never answered or had no room for
 	Stale    atomic.Uint64 // frames too old to decide on
 	Refused  atomic.Uint64 // frames that no decision could be made on
+
+	Health       atomic.Uint64 // words on detectors' health
+	HealthSealed atomic.Uint64 // of them, those that ingest has stored
+	HealthLost   atomic.Uint64 // of them, those that can never be sealed
 }
 
 // Service is signal-control.
@@ -64,7 +79,22 @@ type Service struct {
 	started      time.Time    // set by Run
 	lastDecision atomic.Int64 // Unix nanoseconds of when the newest command was sent
 	stale        atomic.Bool
+
+	maySay bool // that health may not be signed: once; owned by block
+
+	mu      sync.Mutex
+	pending []*waiting // words that are not sealed yet, the oldest first; guarded by mu
 }
+
+// waiting is a word on its way.
+type waiting struct {
+	word
+	offered bool // ingest has it in hand
+}
+
+// maxPending bounds how many words wait for ingest. Beyond it the oldest are
+// given up: a detector that changes its mind so often says nothing new.
+const maxPending = 4096
 
 // sealWait bounds how long one command is offered to ingest: past its expiry
 // nobody obeys it, but that it was given is still to be sealed.
@@ -85,7 +115,65 @@ func New(c Config) (*Service, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Service{cfg: c, core: core, log: c.Logger}, nil
+	s := &Service{cfg: c, core: core, log: c.Logger, maySay: true}
+	if err := s.recall(); err != nil {
+		return nil, err
+	}
+	c.State.BeforeSave(s.remember)
+	return s, nil
+}
+
+// healthPath names the file of what is known of detectors, beside that of the
+// place in the chain; "" where nothing is stored.
+func (s *Service) healthPath() string {
+	if p := s.cfg.State.Path(); p != "" {
+		return p + ".health"
+	}
+	return ""
+}
+
+// recall takes over what an earlier run knew of detectors. Without it silences
+// and occupations are measured from now on: no reason not to start.
+func (s *Service) recall() error {
+	path := s.healthPath()
+	if path == "" {
+		return nil
+	}
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("signal-control: %w", err)
+	}
+	pending, ok, err := s.core.restore(b, s.cfg.State.Registry().Junction)
+	if err != nil {
+		s.log.Warn("what was known of detectors is lost, in part or whole", "path", path, "whole", !ok, "err", err)
+	}
+	for _, w := range pending {
+		s.pending = append(s.pending, &waiting{word: w})
+	}
+	return nil
+}
+
+// remember stores what is known of detectors. It comes before the place in the
+// chain, so that no block is missed after a restart.
+func (s *Service) remember(ledger.Height) error {
+	path := s.healthPath()
+	if path == "" {
+		return nil
+	}
+	s.mu.Lock()
+	pending := make([]word, len(s.pending))
+	for i, w := range s.pending {
+		pending[i] = w.word
+	}
+	s.mu.Unlock()
+	b, err := s.core.store(pending)
+	if err != nil {
+		return fmt.Errorf("health: %w", err)
+	}
+	return district.WriteFile(path, b, 0o644)
 }
 
 // Stale reports whether no decision has been made for [MaxDecisionAge].
@@ -103,14 +191,7 @@ func (s *Service) Run(ctx context.Context) error {
 
 func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Registry) error {
 	s.Counters.Blocks.Add(1)
-	if !b.Header.Time.After(s.started) {
-		// An earlier run may have commanded on this block, and been killed before
-		// it wrote down how far it was. A second command under the same number
-		// would be obeyed and, as an equivocation, never be sealed.
-		s.Counters.Earlier.Add(1)
-		return nil
-	}
-	now := s.cfg.Now()
+	defer s.Counters.Height.Store(uint64(b.Header.Height))
 	frames := make([]*traffic.Frame, 0, len(b.Records))
 	for i := range b.Records {
 		r := &b.Records[i]
@@ -126,6 +207,18 @@ func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Reg
 			frames = append(frames, c.Frame)
 		}
 	}
+	if !b.Header.Time.After(s.started) {
+		// An earlier run may have commanded on this block, and been killed before
+		// it wrote down how far it was. A second command under the same number
+		// would be obeyed and, as an equivocation, never be sealed.
+		// What its frames say of detectors is not lost, and said again in the same
+		// words.
+		s.Counters.Earlier.Add(1)
+		s.core.Observe(b.Header.Height, frames, reg.Junction)
+		s.health(ctx, reg)
+		return nil
+	}
+	now := s.cfg.Now()
 	orders, refused := s.core.Decide(now, b.Header.Height, frames, reg.Junction)
 	for _, r := range refused {
 		if r.Stale {
@@ -150,7 +243,81 @@ func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Reg
 		s.Counters.Sent.Add(1)
 		s.lastDecision.Store(now.UnixNano())
 	}
+	s.health(ctx, reg) // after the commands: those are in a hurry
 	return nil
+}
+
+// health has what has become known of detectors sealed, and offers again what
+// ingest had no room for.
+func (s *Service) health(ctx context.Context, reg *identity.Registry) {
+	words := s.core.Health()
+	for i := range words {
+		h := &words[i]
+		s.Counters.Health.Add(1)
+		level, what := slog.LevelInfo, "detector is well again"
+		if h.Failed {
+			level, what = slog.LevelWarn, "detector has failed"
+			if h.Rule == string(health.Imbalance) {
+				what = "detectors disagree, this is one of them"
+			}
+		}
+		s.log.Log(ctx, level, what, "intersection", h.Junction, "detector", h.Detector, "rule", h.Rule, "reason", h.Reason, "since", h.Since)
+	}
+	if len(words) > 0 {
+		if holder, ok := reg.Holder(identity.IDOf(s.cfg.Key.Public().(ed25519.PublicKey))); !ok || !holder.May(identity.KindHealth) {
+			if s.maySay {
+				s.log.Warn("words on detectors' health are not sealed: the registry does not let signal-control sign them")
+			}
+			s.maySay = false
+			s.Counters.HealthLost.Add(uint64(len(words)))
+			words = nil
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range words {
+		s.pending = append(s.pending, &waiting{word: word{words[i].Junction, words[i].Seq, s.core.sign(&words[i])}})
+	}
+	if n := len(s.pending) - maxPending; n > 0 {
+		s.log.Error("words on detectors' health given up: ingest does not take them", "count", n)
+		s.Counters.HealthLost.Add(uint64(n))
+		s.pending = slices.Delete(s.pending, 0, n)
+	}
+	// One at a time for each junction: their order must hold whatever happens.
+	busy := map[traffic.JunctionID]bool{}
+	for _, w := range s.pending {
+		if !busy[w.junction] && !w.offered {
+			w.offered = s.offer(ctx, w)
+		}
+		busy[w.junction] = true
+	}
+}
+
+// offer gives a word to ingest, and reports whether that took it in hand. mu is
+// held, and taken again when ingest has answered.
+func (s *Service) offer(ctx context.Context, w *waiting) bool {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), sealWait)
+	err := s.cfg.Inbox.SendAsync(ctx, s.cfg.District, identity.KindHealth, string(w.junction), w.envelope, func(_ *pb.Receipt, err error) {
+		cancel()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		switch {
+		case err == nil:
+			s.Counters.HealthSealed.Add(1)
+		case kind.Of(err) == kind.Invalid:
+			s.Counters.HealthLost.Add(1)
+			s.log.Error("word on a detector's health refused", "intersection", w.junction, "seq", w.seq, "err", err)
+		default:
+			w.offered = false // again with the next block
+			return
+		}
+		s.pending = slices.DeleteFunc(s.pending, func(p *waiting) bool { return p == w })
+	})
+	if err != nil {
+		cancel()
+		return false
+	}
+	return true
 }
 
 // seal gives a command to ingest. It does not wait: the log catches up with the

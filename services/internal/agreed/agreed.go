@@ -53,6 +53,8 @@ type State struct {
 	// owned by Run.
 	stored    *identity.Registry
 	storedSum [sha256.Size]byte
+
+	before func(ledger.Height) error // see BeforeSave
 }
 
 // file is the stored form.
@@ -179,6 +181,15 @@ func (s *State) reached(h ledger.Height) {
 	s.moved = make(chan struct{})
 }
 
+// Path names the file that the place in the chain is kept in, "" where it is not.
+func (s *State) Path() string { return s.path }
+
+// BeforeSave has f called each time before the place in the chain is written
+// down, with the newest block's height and by the goroutine that calls the
+// handler: what f stores is never behind the place. An error of f keeps the place
+// from being written. To be called before [State.Run].
+func (s *State) BeforeSave(f func(ledger.Height) error) { s.before = f }
+
 // Handler is called for each block with the registry by which its records were
 // judged.
 type Handler func(ctx context.Context, b *decided.Block, reg *identity.Registry) error
@@ -267,6 +278,11 @@ func (s *State) apply(b *decided.Block, reg *identity.Registry) error {
 // only then removes the registries of before: after a crash in between, the file
 // that the place names is there.
 func (s *State) save() error {
+	if s.before != nil {
+		if err := s.before(s.point.Header.Height); err != nil {
+			return err
+		}
+	}
 	reg := s.Registry()
 	changed := s.stored != reg
 	if changed {
