@@ -389,7 +389,7 @@ func TestStoreTornAndDamaged(t *testing.T) {
 	}
 	step := 1
 	if testing.Short() {
-		step = 13
+		step = 41
 	}
 	for cut := 0; cut < len(whole); cut += step {
 		n, st := try(fmt.Sprintf("cut at %d", cut), whole[:cut])
@@ -547,6 +547,9 @@ func TestStoreRemembersCommands(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range whole {
+		if testing.Short() && i%20 != 3 {
+			continue
+		}
 		b := bytes.Clone(whole)
 		b[i] ^= 2
 		if err := os.WriteFile(path, b, 0o644); err != nil {
