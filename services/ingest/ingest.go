@@ -131,6 +131,7 @@ const (
 	ReasonUnknown     = "not-known-whether-stored"
 	ReasonStopped     = "not-running"
 	ReasonUndecided   = "decisions-behind"
+	ReasonRate        = "too-fast" // by MQTT; it is not even told
 )
 
 // Counts says what became of everything that was received since the start:

@@ -25,6 +25,12 @@ func (s *Service) fromDevice(m *nats.Msg) {
 		s.log.Warn("ingest: a record on an unknown subject", "subject", m.Subject)
 		return
 	}
+	if !s.lanes.admit(token, m.Data, time.Now()) {
+		s.mu.Lock()
+		s.tally(DoorMQTT, ReasonRate)
+		s.mu.Unlock()
+		return // an answer would be one more thing that somebody gets too much of
+	}
 	digest := sha256.Sum256(m.Data)
 	isJSON := len(m.Data) > 0 && m.Data[0] == '{' // no protobuf envelope begins so
 	send := func(a answer) {
@@ -57,10 +63,7 @@ func (s *Service) fromDevice(m *nats.Msg) {
 	n, reason, text := s.lanes.enter(token, digest, time.Now())
 	if reason != "" {
 		s.mu.Lock()
-		s.counts.Received++
-		s.counts.Busy[reason]++
-		s.at(t.door).Received++
-		s.at(t.door).Busy++
+		s.tally(t.door, reason)
 		s.mu.Unlock()
 		send(answer{status: pb.Receipt_STATUS_BUSY, reason: reason, text: text})
 		return
@@ -69,6 +72,14 @@ func (s *Service) fromDevice(m *nats.Msg) {
 		s.lanes.leave(token, n, digest, a.status == pb.Receipt_STATUS_BUSY, time.Now())
 		send(a)
 	})
+}
+
+// tally counts a record that was told busy, or not even that. Caller holds mu.
+func (s *Service) tally(door, reason string) {
+	s.counts.Received++
+	s.counts.Busy[reason]++
+	s.at(door).Received++
+	s.at(door).Busy++
 }
 
 func holder(device string) string {
@@ -99,14 +110,20 @@ const (
 	// device cannot fill the queue for all.
 	laneMost = 256
 	// laneWait is how long the records of a device wait for one that was answered
-	// busy to come again.
+	// busy to come again, and how long an idle device is remembered.
 	laneWait = 10 * time.Second
+	// laneRate is how many messages a device may send in a second, and laneBurst
+	// how many at once after a pause. A hundred times what a junction has to say;
+	// but a device that sends as fast as it can would leave no room for others.
+	laneRate  = 2000
+	laneBurst = 4000
 )
 
-// lanes keep the order of each device's records when some are answered busy.
-// MQTT 3.1.1 has no room for the numbers of bus.Sender, but the bytes of a record
-// are the same when it comes again: until the oldest record that was told busy
-// has come again, everything else of the device is told busy too.
+// lanes keep devices from disturbing each other, and the order of each device's
+// records when some are answered busy. MQTT 3.1.1 has no room for the numbers of
+// bus.Sender, but the bytes of a record are the same when it comes again: until
+// the oldest record that was told busy has come again, everything else of the
+// device is told busy too.
 type lanes struct {
 	mu    sync.Mutex
 	m     map[string]*lane // by token of the device
@@ -114,6 +131,8 @@ type lanes struct {
 }
 
 type lane struct {
+	room    float64 // messages that may come now
+	seen    time.Time
 	last    uint64      // number of the newest record that came
 	pending int         // records without an answer
 	blocked bool        // the record with this digest must come first:
@@ -122,26 +141,44 @@ type lane struct {
 	since   time.Time
 }
 
-// enter gives a record of a device its number, or says why it is told busy.
-func (ls *lanes) enter(token string, digest ledger.Hash, now time.Time) (n uint64, reason, text string) {
+// admit reports whether a message of a device does not come too fast.
+func (ls *lanes) admit(token string, data []byte, now time.Time) bool {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
-	if ls.m == nil {
-		ls.m = map[string]*lane{}
-	}
 	if now.Sub(ls.swept) >= laneWait {
 		ls.swept = now
 		for t, l := range ls.m {
-			if l.pending == 0 && now.Sub(l.since) >= laneWait {
+			if l.pending == 0 && now.Sub(l.seen) >= laneWait {
 				delete(ls.m, t)
 			}
 		}
 	}
 	l := ls.m[token]
 	if l == nil {
-		l = &lane{}
+		l = &lane{room: laneBurst, seen: now}
+		if ls.m == nil {
+			ls.m = map[string]*lane{}
+		}
 		ls.m[token] = l
 	}
+	l.room = min(l.room+laneRate*now.Sub(l.seen).Seconds(), laneBurst)
+	l.seen = now
+	if l.room < 1 {
+		if !l.blocked { // those behind it must not overtake it
+			l.last++
+			l.block(l.last, sha256.Sum256(data), now)
+		}
+		return false
+	}
+	l.room--
+	return true
+}
+
+// enter gives an admitted record its number, or says why it is told busy.
+func (ls *lanes) enter(token string, digest ledger.Hash, now time.Time) (n uint64, reason, text string) {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	l := ls.m[token] // admitted just now by the same goroutine, so it is there
 	switch {
 	case l.blocked && digest == l.first:
 		// It keeps its place: those that came behind it may not be answered yet.
@@ -165,10 +202,7 @@ func (ls *lanes) enter(token string, digest ledger.Hash, now time.Time) (n uint6
 func (ls *lanes) leave(token string, n uint64, digest ledger.Hash, busy bool, now time.Time) {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
-	l := ls.m[token]
-	if l == nil {
-		return // cannot be: a lane with pending records stays
-	}
+	l := ls.m[token] // one with pending records stays
 	l.pending--
 	switch {
 	case busy && (!l.blocked || n < l.number):
@@ -176,7 +210,6 @@ func (ls *lanes) leave(token string, n uint64, digest ledger.Hash, busy bool, no
 	case !busy && l.blocked && digest == l.first:
 		l.blocked = false
 	}
-	ls.drop(token, l)
 }
 
 // pass notes that a record has got its final answer without entering.
@@ -185,14 +218,6 @@ func (ls *lanes) pass(token string, digest ledger.Hash) {
 	defer ls.mu.Unlock()
 	if l := ls.m[token]; l != nil && l.blocked && digest == l.first {
 		l.blocked = false
-		ls.drop(token, l)
-	}
-}
-
-// drop forgets a lane about which there is nothing to know. Caller holds mu.
-func (ls *lanes) drop(token string, l *lane) {
-	if l.pending == 0 && !l.blocked {
-		delete(ls.m, token)
 	}
 }
 
