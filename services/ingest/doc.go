@@ -1,6 +1,7 @@
 // Package ingest takes records from senders, stores them, and says so.
 //
-// Records come as requests on topic.Inbox and by HTTP, see [Service.Handler].
+// Records come as requests on topic.Inbox, by HTTP one or many at once, see
+// [Service.Handler], and by gRPC from gateways, see [GRPC].
 // They are gathered for at most 5 ms or 256 at a time, each with a fresh salt,
 // and stored as one message of the stream INGRESS. Only then do their senders
 // get their receipts, each of which says one of three things:
@@ -23,7 +24,8 @@
 // one cannot be stored none behind it is, and all are answered busy, as is what
 // waits in the queue. A sender with several records on their way numbers them
 // (see bus.Sender), so that what it had sent before it knew is not taken out of
-// turn.
+// turn. For streams by gRPC, and for requests with many records, we do that
+// ourselves, and send again as well.
 //
 // # Bounds
 //

@@ -220,10 +220,11 @@ func NewGRPC(c GRPCConfig) (*GRPC, error) {
 		return nil, kind.Errorf(kind.Unavailable, "ingest: gRPC: %w", err)
 	}
 	g := &GRPC{
-		GRPCConfig: c, log: c.Logger, server: grpc.NewServer(options...), health: health.NewServer(),
+		GRPCConfig: c, log: c.Logger, health: health.NewServer(),
 		listener: &limited{Listener: l, max: int64(c.Connections)},
 		room:     newRoom(c.Held, c.HeldBytes), stopping: make(chan struct{}),
 	}
+	g.server = grpc.NewServer(append(options, grpc.StreamInterceptor(g.side))...)
 	g.serving(healthpb.HealthCheckResponse_NOT_SERVING)
 	pb.RegisterIngestServiceServer(g.server, g)
 	healthpb.RegisterHealthServer(g.server, g.health)
@@ -358,6 +359,22 @@ func (g *GRPC) leave() { g.calls.Add(-1) }
 
 func (g *GRPC) leaving() error {
 	return later(codes.Unavailable, reasonStopping, "the program ends; send what has no receipt again, the same bytes")
+}
+
+// side ends streams that are not ours when Run is to end: those of health and of
+// reflection have no end of their own.
+func (g *GRPC) side(srv any, rpc grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+	if info.FullMethod == pb.IngestService_Submit_FullMethodName {
+		return handle(srv, rpc) // knows what is still to be answered
+	}
+	done := make(chan error, 1)
+	g.parts.Go(func() { done <- handle(srv, rpc) }) // ends with the stream's context, when we return
+	select {
+	case err := <-done:
+		return err
+	case <-g.stopping:
+		return g.leaving()
+	}
 }
 
 // fromMessage returns the canonical encoding of an envelope. Of a field that came

@@ -3,7 +3,9 @@ package ingest
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -90,6 +92,74 @@ func BenchmarkGRPCStream(b *testing.B) {
 			b.ReportMetric(rate, "frames/s")
 			b.ReportMetric(direct, "nats-frames/s")
 			b.ReportMetric(rate/direct, "ratio")
+		})
+	}
+}
+
+// BenchmarkGRPCBesideLazyClients sends frames on one stream, while others send
+// and never read. It reports what one of those costs, heap and all.
+func BenchmarkGRPCBesideLazyClients(b *testing.B) {
+	for _, lazy := range []int{0, 128} {
+		b.Run(fmt.Sprintf("lazy=%d", lazy), func(b *testing.B) {
+			conn := servicetest.District(b, district)
+			s := running(b, conn, nil)
+			g := door(b, s, func(c *GRPCConfig) { c.ReadWait = time.Hour })
+			msgs := make([]*pb.SubmitRequest, b.N)
+			for i := range msgs {
+				e := sign([]byte("x"))
+				e.Payload = frame(fmt.Sprint("dev", i%256), uint64(i/256+1), 24)
+				msgs[i] = &pb.SubmitRequest{Id: uint64(i), Envelope: message(b, e.Marshal())}
+			}
+			heap := func() float64 {
+				var m runtime.MemStats
+				runtime.GC()
+				runtime.ReadMemStats(&m)
+				return float64(m.HeapInuse + m.StackInuse)
+			}
+			ctx, cancel := context.WithCancel(context.Background())
+			var wg, lazies sync.WaitGroup
+			var sent atomic.Int64
+			var lazyMsgs [2048]*pb.Envelope // again and again
+			for i := range lazyMsgs {
+				e := sign([]byte("x"))
+				e.Payload = frame("lazy", uint64(i+1), 24)
+				lazyMsgs[i] = message(b, e.Marshal())
+			}
+			before := heap()
+			for range lazy {
+				st := submit(b, ctx, lazyClient(b, g))
+				lazies.Go(func() {
+					for i := 0; st.Send(&pb.SubmitRequest{Id: uint64(i), Envelope: lazyMsgs[i%len(lazyMsgs)]}) == nil; i++ {
+						sent.Add(1)
+					}
+				})
+			}
+			for last := int64(-1); last != sent.Load(); time.Sleep(300 * time.Millisecond) {
+				last = sent.Load()
+			}
+			cost := (heap() - before) / 1024
+			st := submit(b, ctx, client(b, g))
+			b.ResetTimer()
+			wg.Go(func() {
+				for _, m := range msgs {
+					if err := st.Send(m); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+			for range msgs {
+				if m, err := st.Recv(); err != nil || m.Receipt.Status != pb.Receipt_STATUS_STORED {
+					b.Fatalf("got %v, %v, want stored", m, err)
+				}
+			}
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "frames/s")
+			if lazy > 0 {
+				b.ReportMetric(cost/float64(lazy), "KiB/lazy") // the client's half included
+			}
+			wg.Wait()
+			cancel()
+			lazies.Wait()
 		})
 	}
 }

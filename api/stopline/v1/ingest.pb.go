@@ -128,7 +128,7 @@ func (x *SubmitResponse) GetReceipt() *Receipt {
 	return nil
 }
 
-// SubmitBatchRequest is many records.
+// SubmitBatchRequest is many records: 1 to 1000 by default.
 type SubmitBatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Envelopes     []*Envelope            `protobuf:"bytes,1,rep,name=envelopes,proto3" json:"envelopes,omitempty"`

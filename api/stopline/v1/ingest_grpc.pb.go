@@ -29,11 +29,17 @@ const (
 //
 // IngestService takes signed records from gateways that speak for many devices.
 type IngestServiceClient interface {
-	// Submit takes records one after another and answers each with its receipt, in
-	// any order. A gateway that sends faster than records are stored, or that does
-	// not read its receipts, is slowed down by the stream's flow control.
+	// Submit takes records one after another, stores them in that order, and answers
+	// each with its receipt, in that order too: STORED or REFUSED, never BUSY. A
+	// gateway that sends faster than records are stored, or that does not read its
+	// receipts, is slowed down by the stream's flow control. When the stream ends
+	// with another status than OK, what has no receipt may be stored or not: send it
+	// again, first and in order, on a new stream. The same bytes are stored once.
 	Submit(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[SubmitRequest, SubmitResponse], error)
-	// SubmitBatch takes many records at once; each has its own receipt.
+	// SubmitBatch takes many records at once and stores them in their order; each
+	// has its own receipt. Behind a BUSY one none is stored that was not before; of
+	// those whose reason says that it is not known whether they are stored, some may
+	// be. The whole can be sent again.
 	SubmitBatch(ctx context.Context, in *SubmitBatchRequest, opts ...grpc.CallOption) (*SubmitBatchResponse, error)
 }
 
@@ -74,11 +80,17 @@ func (c *ingestServiceClient) SubmitBatch(ctx context.Context, in *SubmitBatchRe
 //
 // IngestService takes signed records from gateways that speak for many devices.
 type IngestServiceServer interface {
-	// Submit takes records one after another and answers each with its receipt, in
-	// any order. A gateway that sends faster than records are stored, or that does
-	// not read its receipts, is slowed down by the stream's flow control.
+	// Submit takes records one after another, stores them in that order, and answers
+	// each with its receipt, in that order too: STORED or REFUSED, never BUSY. A
+	// gateway that sends faster than records are stored, or that does not read its
+	// receipts, is slowed down by the stream's flow control. When the stream ends
+	// with another status than OK, what has no receipt may be stored or not: send it
+	// again, first and in order, on a new stream. The same bytes are stored once.
 	Submit(grpc.BidiStreamingServer[SubmitRequest, SubmitResponse]) error
-	// SubmitBatch takes many records at once; each has its own receipt.
+	// SubmitBatch takes many records at once and stores them in their order; each
+	// has its own receipt. Behind a BUSY one none is stored that was not before; of
+	// those whose reason says that it is not known whether they are stored, some may
+	// be. The whole can be sent again.
 	SubmitBatch(context.Context, *SubmitBatchRequest) (*SubmitBatchResponse, error)
 	mustEmbedUnimplementedIngestServiceServer()
 }
