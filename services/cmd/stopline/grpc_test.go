@@ -1,7 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
+	"io"
 	"regexp"
 	"strings"
 	"testing"
@@ -11,6 +15,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -54,6 +60,45 @@ func TestDemoTakesFramesByGRPC(t *testing.T) {
 			t.Fatalf("got %v, %v, want %d stored", r, err, i)
 		}
 		receipts = append(receipts, receipt{Commitment: r.Receipt.Commitment, Salt: r.Receipt.Salt})
+	}
+	// And many at once by HTTP, of which one is refused.
+	var lines []byte
+	for _, x := range devices {
+		var m pb.Envelope
+		if err := proto.Unmarshal(x.next(), &m); err != nil {
+			t.Fatal(err)
+		}
+		b, err := protojson.Marshal(&m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines = append(append(lines, b...), "\n{}\n"...)
+	}
+	res, err := httpClient.Post(d.url+"/v1/batch", "application/x-ndjson", bytes.NewReader(lines))
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err := errors.Join(err, res.Body.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for i, line := range bytes.Split(bytes.TrimSpace(body), []byte("\n")) {
+		var r struct {
+			receipt
+			Status string
+		}
+		if err := json.Unmarshal(line, &r); err != nil {
+			t.Fatalf("%s %q: %v", res.Status, line, err)
+		}
+		if want := []string{"STATUS_STORED", "STATUS_REFUSED"}[i%2]; r.Status != want {
+			t.Errorf("line %d: got %s, want %s", i, line, want)
+		}
+		if i%2 == 0 {
+			receipts = append(receipts, r.receipt)
+		}
+	}
+	if len(receipts) != 12 {
+		t.Errorf("got %d receipts, want 12", len(receipts))
 	}
 	d.sealed(receipts...)
 	// With the stream open: the end must not wait for it.

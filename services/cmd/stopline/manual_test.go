@@ -12,7 +12,7 @@ import (
 // every option explained, and lines that fit a terminal.
 func TestManualPages(t *testing.T) {
 	defaults := map[string][]string{
-		"demo":     {"--controller NAME", "Default: actuated", "--data DIR", "--for DURATION", "--json", "--listen ADDR", "Default: 127.0.0.1:8080", "--seed N", "Default: 1", "--sumo FILE"},
+		"demo":     {"--controller NAME", "Default: actuated", "--data DIR", "--for DURATION", "--grpc ADDR", "--grpc-cert FILE", "--json", "--listen ADDR", "Default: 127.0.0.1:8080", "--seed N", "Default: 1", "--sumo FILE"},
 		"simulate": {"--config FILE", "--controller NAME", "Default: maxpressure", "--rules NAME", "Default: free", "--sensing NAME", "Default: detectors", "--seed N", "Default: 1", "--tripinfo FILE", "--pipeline", "--json"},
 		"verify":   {"--policy FILE", "--json", "EXIT STATUS", "3  consistent in itself"},
 		"fsck":     {"--policy FILE", "--json", "EXIT STATUS"},
