@@ -9,6 +9,15 @@
 // exactly one command, also where the stage stays the same: commands are at once
 // the orders and the sign of life that keeps a roadside unit from falling back
 // to its local plan.
+//
+// The Core also judges the junctions' detectors by every periodic frame that was
+// agreed, in the order of the blocks ([health]). What a detector says that has
+// failed is left out of decisions; its movements fall back to other detectors, or
+// to being served as the plan has it. Each begin and end of a failure is a signed
+// record that is sealed. Since all that is known follows from the log, whoever
+// goes through it again finds the same failures and the same decisions; the
+// service stores what it knows beside its place in the chain and goes on from
+// there.
 package signalcontrol
 
 import (

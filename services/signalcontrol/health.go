@@ -111,9 +111,10 @@ const healthMagic = "stopline signal-control health v1\n"
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // store returns what is known of detectors, and the words that are still to be
-// sealed: magic line, height, monitors by junction, words, CRC-32C of all that.
-func (c *Core) store(pending []word) ([]byte, error) {
-	b := []byte(healthMagic)
+// sealed: magic line, genesis hash, height, monitors by junction, words, CRC-32C
+// of all that.
+func (c *Core) store(genesis ledger.Hash, pending []word) ([]byte, error) {
+	b := append([]byte(healthMagic), genesis[:]...)
 	b = binary.BigEndian.AppendUint64(b, uint64(max(c.health.height, c.health.restored)))
 	b = binary.AppendUvarint(b, uint64(len(c.health.monitors)))
 	for _, id := range slices.Sorted(maps.Keys(c.health.monitors)) {
@@ -137,8 +138,8 @@ func appendBytes(b, v []byte) []byte { return append(binary.AppendUvarint(b, uin
 
 // restore takes over what [Core.store] returned. It reports each junction that
 // begins anew, joined; where nothing at all could be read, ok is false.
-func (c *Core) restore(b []byte, junction func(traffic.JunctionID) (*traffic.Junction, bool)) (pending []word, ok bool, err error) {
-	if len(b) < len(healthMagic)+8+4 || string(b[:len(healthMagic)]) != healthMagic {
+func (c *Core) restore(genesis ledger.Hash, b []byte, junction func(traffic.JunctionID) (*traffic.Junction, bool)) (pending []word, ok bool, err error) {
+	if len(b) < len(healthMagic)+len(genesis)+8+4 || string(b[:len(healthMagic)]) != healthMagic {
 		return nil, false, errors.New("is not in the form of " + healthMagic[:len(healthMagic)-1])
 	}
 	body, sum := b[:len(b)-4], binary.BigEndian.Uint32(b[len(b)-4:])
@@ -146,6 +147,10 @@ func (c *Core) restore(b []byte, junction func(traffic.JunctionID) (*traffic.Jun
 		return nil, false, errors.New("checksum does not fit: damaged")
 	}
 	r := fields{b: body[len(healthMagic):]}
+	// Another chain's heights would have this one's blocks passed over.
+	if got := ledger.Hash(r.take(len(genesis))); got != genesis {
+		return nil, false, fmt.Errorf("is of a chain with genesis %x, this district's is %x", got[:8], genesis[:8])
+	}
 	height := ledger.Height(binary.BigEndian.Uint64(r.take(8)))
 	monitors := map[traffic.JunctionID]*health.Monitor{}
 	var errs []error
@@ -180,7 +185,7 @@ type fields struct {
 
 func (r *fields) take(n int) []byte {
 	if r.bad = r.bad || n < 0 || n > len(r.b); r.bad {
-		return make([]byte, min(max(n, 0), 8))
+		return make([]byte, min(max(n, 0), 32))
 	}
 	v := r.b[:n]
 	r.b = r.b[n:]

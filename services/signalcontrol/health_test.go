@@ -33,6 +33,8 @@ import (
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
 
+var testGenesis = testDistrict.GenesisHash
+
 // cityOf returns a small city.
 func cityOf(t testing.TB, junctions, demand int) *sim.City {
 	t.Helper()
@@ -417,11 +419,11 @@ func TestHealthAgain(t *testing.T) {
 		a, b := newCore(t, "actuated"), newCore(t, "actuated")
 		var got [][]byte
 		run(a, 0, at, &got)
-		raw, err := a.store([]word{{"J1", 7, []byte("envelope")}})
+		raw, err := a.store(testGenesis, []word{{"J1", 7, []byte("envelope")}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		pending, ok, err := b.restore(raw, defs)
+		pending, ok, err := b.restore(testGenesis, raw, defs)
 		if !ok || err != nil || len(pending) != 1 || pending[0].junction != "J1" || pending[0].seq != 7 || string(pending[0].envelope) != "envelope" {
 			t.Fatalf("restore: got %v, %v, %v", pending, ok, err)
 		}
@@ -440,7 +442,7 @@ func TestHealthDamage(t *testing.T) {
 	for h := range frames {
 		c.Observe(ledger.Height(h+1), frames[h], defs)
 	}
-	good, err := c.store([]word{{"J1", 1, []byte("x")}})
+	good, err := c.store(testGenesis, []word{{"J1", 1, []byte("x")}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -448,12 +450,16 @@ func TestHealthDamage(t *testing.T) {
 		bad := bytes.Clone(good)
 		bad[i] ^= 0x40
 		n := newCore(t, "actuated")
-		if _, ok, err := n.restore(bad, defs); ok || err == nil || len(n.health.monitors) != 0 || n.health.restored != 0 {
+		if _, ok, err := n.restore(testGenesis, bad, defs); ok || err == nil || len(n.health.monitors) != 0 || n.health.restored != 0 {
 			t.Fatalf("byte %d changed: got %v, %v, want it refused as a whole", i, ok, err)
 		}
-		if _, ok, _ := n.restore(good[:i], defs); ok {
+		if _, ok, _ := n.restore(testGenesis, good[:i], defs); ok {
 			t.Fatalf("%d bytes: got accepted", i)
 		}
+	}
+	n := newCore(t, "actuated")
+	if _, ok, err := n.restore(ledger.Hash{9}, good, defs); ok || err == nil || !strings.Contains(err.Error(), "genesis") {
+		t.Errorf("another chain's: got %v, %v, want it refused", ok, err)
 	}
 	// A junction that is defined anew begins anew, the other one does not.
 	other := definitions(t, 2)
@@ -461,8 +467,8 @@ func TestHealthDamage(t *testing.T) {
 	j.Detectors = slices.Clone(j.Detectors)
 	j.Detectors[0].LengthCM += 5
 	other["J2"] = &j
-	n := newCore(t, "actuated")
-	if _, ok, err := n.restore(good, lookup(other)); !ok || err == nil || !strings.Contains(err.Error(), "junction J2 begins anew") {
+	n = newCore(t, "actuated")
+	if _, ok, err := n.restore(testGenesis, good, lookup(other)); !ok || err == nil || !strings.Contains(err.Error(), "junction J2 begins anew") {
 		t.Errorf("got %v, %v, want J2 to begin anew", ok, err)
 	}
 	if _, failed := n.Failed("J1", "D1"); !failed || n.health.monitors["J2"] != nil {
@@ -476,14 +482,14 @@ func FuzzRestore(f *testing.F) {
 	for h := range frames {
 		c.Observe(ledger.Height(h+1), frames[h], defs)
 	}
-	good, err := c.store(nil)
+	good, err := c.store(testGenesis, nil)
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(good)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		n := newCore(t, "actuated")
-		if _, ok, _ := n.restore(b, defs); !ok && len(n.health.monitors) != 0 {
+		if _, ok, _ := n.restore(testGenesis, b, defs); !ok && len(n.health.monitors) != 0 {
 			t.Error("refused, and yet believed")
 		}
 	})

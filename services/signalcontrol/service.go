@@ -146,7 +146,7 @@ func (s *Service) recall() error {
 	if err != nil {
 		return fmt.Errorf("signal-control: %w", err)
 	}
-	pending, ok, err := s.core.restore(b, s.cfg.State.Registry().Junction)
+	pending, ok, err := s.core.restore(s.cfg.Follow.GenesisHash, b, s.cfg.State.Registry().Junction)
 	if err != nil {
 		s.log.Warn("what was known of detectors is lost, in part or whole", "path", path, "whole", !ok, "err", err)
 	}
@@ -169,7 +169,7 @@ func (s *Service) remember(ledger.Height) error {
 		pending[i] = w.word
 	}
 	s.mu.Unlock()
-	b, err := s.core.store(pending)
+	b, err := s.core.store(s.cfg.Follow.GenesisHash, pending)
 	if err != nil {
 		return fmt.Errorf("health: %w", err)
 	}

@@ -341,6 +341,37 @@ func TestCannotSave(t *testing.T) {
 	}
 }
 
+// TestBeforeSave: what somebody stores with the place is never behind it, and
+// without it the place is not written.
+func TestBeforeSave(t *testing.T) {
+	w := newWorld(t)
+	w.Fill(4)
+	w.publish(0)
+	path := filepath.Join(t.TempDir(), "place")
+	s := w.open(path)
+	if s.Path() != path {
+		t.Errorf("got path %s, want %s", s.Path(), path)
+	}
+	var heights []ledger.Height
+	s.BeforeSave(func(h ledger.Height) error {
+		heights = append(heights, h)
+		if at := w.open(path).height; at >= h {
+			t.Errorf("got the place at %d before what goes with it at %d", at, h)
+		}
+		return nil
+	})
+	w.run(s, 2)
+	if n := len(heights); n == 0 || heights[n-1] != 2 {
+		t.Errorf("got calls at %v, want the last at 2", heights)
+	}
+	s = w.open(path)
+	s.BeforeSave(func(ledger.Height) error { return errDone })
+	w.run(s, 4)
+	if at := w.open(path).height; at != 2 {
+		t.Errorf("got the place at %d, want it left at 2", at)
+	}
+}
+
 // TestDamagedFile: every damage is an error that names the file.
 func TestDamagedFile(t *testing.T) {
 	w := newWorld(t)
