@@ -28,7 +28,7 @@ import (
 
 var demoCommand = command{
 	name:     "demo",
-	synopsis: "stopline demo [--sumo FILE.sumocfg] [--for DURATION] [--data DIR] [--listen ADDR] [--grpc ADDR] [--json]",
+	synopsis: "stopline demo [--sumo FILE.sumocfg] [--for DURATION] [--data DIR] [--listen ADDR] [--grpc ADDR]\n              [--mqtt ADDR [--mqtt-ws ADDR]] [--json]",
 	summary:  "run a whole district in this process, with a page to look at",
 	manual: `Runs the built-in city of nine junctions, or a SUMO scenario, in real time, with
 every service around an embedded NATS server: roadside units with their own
@@ -68,6 +68,7 @@ received (agreed), and until a checkpoint that covers it was sealed (sealed).`,
 		fs.StringVar(&o.grpc.cert, "grpc-cert", "", "`FILE` with the PEM certificate for gRPC with TLS; needs --grpc-key")
 		fs.StringVar(&o.grpc.key, "grpc-key", "", "`FILE` with its PEM key")
 		fs.StringVar(&o.grpc.clientCA, "grpc-client-ca", "", "`FILE` with the PEM certificates by which gateways must be known")
+		o.mqtt.flags(fs)
 		fs.BoolVar(&o.json, "json", false, "print, last, one JSON object")
 		fs.BoolVar(&o.verbose, "verbose", false, "log to standard error what services do")
 		return func(ctx context.Context, args []string, s streams) error {
@@ -87,6 +88,7 @@ type demoOptions struct {
 	json, verbose, listenGiven              bool
 	nats                                    natsOptions
 	grpc                                    grpcOptions
+	mqtt                                    mqttOptions
 	store                                   roadside.StoreConfig
 }
 
@@ -121,9 +123,10 @@ type demoReport struct {
 		Policy   string `json:"policy"`
 		Verified bool   `json:"verified"`
 	} `json:"evidence"`
-	Data        string `json:"data"`
-	PeakRSSMB   uint64 `json:"peak_rss_mb"`
-	FallbackRun uint64 `json:"fallbacks_to_local_plan"`
+	MQTT        *mqttReport `json:"mqtt,omitempty"`
+	Data        string      `json:"data"`
+	PeakRSSMB   uint64      `json:"peak_rss_mb"`
+	FallbackRun uint64      `json:"fallbacks_to_local_plan"`
 	// Store is of all units together: frames that waited for the network.
 	Store roadside.StoreStats `json:"store"`
 }
@@ -147,6 +150,9 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	if o.grpc.listen == "" && o.grpc != (grpcOptions{}) {
 		return usageError("demo: --grpc-cert, --grpc-key, --grpc-client-ca: must not be given without --grpc")
+	}
+	if err := o.mqtt.check(o.nats); err != nil {
+		return err
 	}
 	if o.length < 0 {
 		return usageError("demo: --for %v: must not be negative", o.length)
@@ -188,7 +194,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	policy := identity.Policy{Version: "1", Controller: ctrl.Name + " " + ctrl.Version, Rules: rules.Name}
 	l, err := newLocal(ctx, localOptions{
-		dir: dir, log: log, nats: o.nats, grpc: o.grpc,
+		dir: dir, log: log, nats: o.nats, grpc: o.grpc, mqtt: o.mqtt,
 		open: district.Options{ID: districtName(config), Junctions: defs, Created: time.Now(), PolicyName: "default", Policy: policy},
 		core: signalcontrol.CoreConfig{District: districtName(config), Policy: "default", PolicyVersion: policy.Version, Controller: ctrl, Rules: rules},
 	})
@@ -453,6 +459,7 @@ func (l *local) report(r *demoReport, units []*roadside.Unit) {
 	for _, s := range l.stores {
 		r.Store.Add(s.Stats())
 	}
+	r.MQTT = l.mqttReport()
 	r.PeakRSSMB = peakRSSMB()
 }
 

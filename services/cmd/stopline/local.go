@@ -48,6 +48,7 @@ type local struct {
 
 	ingest     *ingest.Service
 	grpc       *ingest.GRPC // nil if it was not asked for
+	edge       *edge        // nil where no devices come by MQTT
 	validation *validation.Service
 	validators []*consensus.Validator
 	control    *signalcontrol.Service
@@ -86,6 +87,7 @@ type localOptions struct {
 	log  *slog.Logger
 	nats natsOptions
 	grpc grpcOptions
+	mqtt mqttOptions
 }
 
 // grpcOptions say where gateways come by gRPC, if at all, and with which TLS.
@@ -117,8 +119,12 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 		return nil, fmt.Errorf("%s holds the district %q, not %q; give another data folder", o.dir, g.District, o.open.ID)
 	}
 	l.nats = o.nats
+	devices, err := l.openEdge(o)
+	if err != nil {
+		return nil, err
+	}
 	if o.nats.url == "" {
-		if l.server, err = bus.StartServer(bus.ServerOptions{Dir: filepath.Join(o.dir, "nats"), Logger: o.log}); err != nil {
+		if l.server, err = bus.StartServer(bus.ServerOptions{Dir: filepath.Join(o.dir, "nats"), Devices: devices, Logger: o.log}); err != nil {
 			return nil, err
 		}
 	}
@@ -152,12 +158,18 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 		}
 		return b, s, decided.Config{Bus: b, District: g.District, GenesisHash: l.district.GenesisHash, Validators: validators, Logger: o.log.With("service", name)}, nil
 	}
+	if l.edge != nil {
+		if l.edge.follow.Bus, err = l.connect("edge"); err != nil {
+			return nil, err
+		}
+		l.edge.follow.Validators = validators
+	}
 
 	b, err := l.connect("ingest")
 	if err != nil {
 		return nil, err
 	}
-	if l.ingest, err = ingest.New(ingest.Config{District: g.District, Bus: b, Now: o.now, Logger: o.log.With("service", "ingest")}); err != nil {
+	if l.ingest, err = ingest.New(ingest.Config{District: g.District, Bus: b, Now: o.now, Device: l.edge.deviceOf(), Logger: o.log.With("service", "ingest")}); err != nil {
 		return nil, err
 	}
 	if o.grpc != (grpcOptions{}) {
@@ -277,6 +289,9 @@ func (l *local) run(ctx context.Context) error {
 	if l.grpc != nil {
 		actors = append(actors, run.Actor{Name: "gRPC", Run: l.grpc.Run})
 	}
+	if l.edge != nil {
+		actors = append(actors, run.Actor{Name: "edge", Run: l.edge.run})
+	}
 	return run.All(ctx, actors...)
 }
 
@@ -286,6 +301,14 @@ func (l *local) doors() (lines, short string) {
 	if l.grpc != nil {
 		lines += fmt.Sprintf("  gRPC         %s\n", l.grpc.Addr())
 		short += fmt.Sprintf("  grpc %s", l.grpc.Addr())
+	}
+	if l.edge != nil {
+		lines += fmt.Sprintf("  MQTT         %s\n", l.server.MQTTAddr())
+		short += fmt.Sprintf("  mqtt %s", l.server.MQTTAddr())
+		if u := l.server.WebsocketURL(); u != "" {
+			lines += fmt.Sprintf("  MQTT         %s\n", u)
+			short += fmt.Sprintf("  mqtt %s", u)
+		}
 	}
 	return lines, short
 }

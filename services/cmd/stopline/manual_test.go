@@ -12,13 +12,14 @@ import (
 // every option explained, and lines that fit a terminal.
 func TestManualPages(t *testing.T) {
 	defaults := map[string][]string{
-		"demo":     {"--controller NAME", "Default: actuated", "--data DIR", "--for DURATION", "--grpc ADDR", "--grpc-cert FILE", "--json", "--listen ADDR", "Default: 127.0.0.1:8080", "--seed N", "Default: 1", "--sumo FILE"},
+		"demo":     {"--controller NAME", "Default: actuated", "--data DIR", "--for DURATION", "--grpc ADDR", "--grpc-cert FILE", "--json", "--listen ADDR", "Default: 127.0.0.1:8080", "--seed N", "Default: 1", "--sumo FILE", "--mqtt ADDR", "--mqtt-ws ADDR"},
 		"simulate": {"--config FILE", "--controller NAME", "Default: maxpressure", "--rules NAME", "Default: free", "--sensing NAME", "Default: detectors", "--seed N", "Default: 1", "--tripinfo FILE", "--pipeline", "--json"},
 		"verify":   {"--policy FILE", "--json", "EXIT STATUS", "3  consistent in itself"},
 		"fsck":     {"--policy FILE", "--json", "EXIT STATUS"},
 		"enrol":    {"--data DIR", "--device ID", "--junction ID", "--key FILE", "--public-key FILE", "--revoke", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
 		"replay":   {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},
 		"measures": {"--measure NAMES", "Default: all", "--config FILE", "--bin LENGTH", "Default: 15m0s", "--format FORM", "Default: csv", "--out DIR", "--red-occupancy SHARE", "Default: 0.8", "EXIT STATUS"},
+		"token":    {"--data DIR", "--device ID", "--for DURATION", "Default: 24h0m0s", "--json"},
 		"version":  {},
 	}
 	option := regexp.MustCompile(`(?m)^    --[a-z-]+( [A-Z]+)?\n        \S`)

@@ -5,6 +5,7 @@
 //	DIR/policy         C2SP tlog-policy: give this to whoever is to verify
 //	DIR/keys/NAME.key  private keys, one file each, 64 hex digits of the seed
 //	DIR/keys/log.key   the log's key in the form of sumdb/note
+//	DIR/keys/device-tokens.key  signs device tokens; made when first needed
 //	DIR/boot           how often devices were started; written before it is used
 //
 // It is for districts that live in one folder, such as the demo's. Where
@@ -257,6 +258,35 @@ func ReadKey(path string) (ed25519.PrivateKey, error) {
 // Key returns one of the district's private keys.
 func (d *District) Key(name string) (ed25519.PrivateKey, error) {
 	return ReadKey(filepath.Join(d.Dir, "keys", keyFile(name)))
+}
+
+// TokenKey returns the key that signs device tokens, making it first if there is
+// none yet. It is in no genesis: whoever has it may let devices in, and nobody
+// can be made to believe anything by it.
+func (d *District) TokenKey() (ed25519.PrivateKey, error) {
+	const name = "device-tokens"
+	k, err := d.Key(name)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return k, err
+	}
+	// Two programs may do this at the same time, and must end with one key: the
+	// one that links its file first.
+	dir := filepath.Join(d.Dir, "keys")
+	tmp, err := os.MkdirTemp(dir, ".tmp-*")
+	if err != nil {
+		return nil, err
+	}
+	_, err = newKey(rand.Reader, tmp, name)
+	if err == nil {
+		err = os.Link(filepath.Join(tmp, keyFile(name)), filepath.Join(dir, keyFile(name)))
+	}
+	if errors.Is(err, fs.ErrExist) {
+		err = nil
+	}
+	if err = errors.Join(err, os.RemoveAll(tmp)); err != nil {
+		return nil, err
+	}
+	return d.Key(name)
 }
 
 // NextBoot raises and returns the boot epoch. It is on disk before it is used: a

@@ -109,3 +109,49 @@ func TestOpenRefusesABadDefinition(t *testing.T) {
 		t.Errorf("got %v, want the field of the definition that is wrong", err)
 	}
 }
+
+// Whoever asks first makes the key; all get the same, also all at once and after
+// a restart.
+func TestTokenKeyIsOne(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := district.Open(dir, options()); err != nil {
+		t.Fatal(err)
+	}
+	type got struct {
+		key []byte
+		err error
+	}
+	c := make(chan got)
+	for range 8 {
+		go func() {
+			d, err := district.Load(dir)
+			if err != nil {
+				c <- got{nil, err}
+				return
+			}
+			k, err := d.TokenKey()
+			c <- got{k, err}
+		}()
+	}
+	var first []byte
+	for range 8 {
+		g := <-c
+		if g.err != nil {
+			t.Fatal(g.err)
+		}
+		if first == nil {
+			first = g.key
+		}
+		if !bytes.Equal(g.key, first) {
+			t.Error("two keys were handed out")
+		}
+	}
+	left, err := filepath.Glob(filepath.Join(dir, "keys", ".tmp-*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left over: %q, %v", left, err)
+	}
+	s, err := os.Stat(filepath.Join(dir, "keys", "device-tokens.key"))
+	if err != nil || s.Mode().Perm() != 0o600 {
+		t.Errorf("got %v, %v, want a file of mode 0600", s, err)
+	}
+}
