@@ -112,7 +112,8 @@ func TestBadInput(t *testing.T) {
 		{"reordered", validate.RuleReordered, dev.sign(late)},
 		{"broken chain", validate.RuleChain, frame(func(f *traffic.Frame) { f.Prev[0] ^= 1 })},
 		{"clock an hour ahead", validate.RuleClockAhead, hour(1)},
-		{"clock an hour behind", validate.RuleClockBehind, hour(-1)},
+		{"clock an hour behind", validate.RuleClockBackwards, hour(-1)}, // it was right before
+		{"clock eight days behind", validate.RuleClockBehind, hour(-8 * 24)},
 		{"clock going back", validate.RuleClockBackwards, frame(func(f *traffic.Frame) { f.Time = f.Time.Add(-50 * time.Second) })},
 		{"oversized payload", validate.RuleSize, frame(func(f *traffic.Frame) {
 			f.Signal.Mode, f.Signal.Trip = traffic.Tripped, strings.Repeat("x", 65<<10)
