@@ -169,7 +169,7 @@ func oregon(t testing.TB, f func(hires.Event)) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer file.Close()
+	defer func() { _ = file.Close() }() // only read
 	z, err := gzip.NewReader(file)
 	if err != nil {
 		t.Fatal(err)

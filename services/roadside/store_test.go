@@ -114,10 +114,11 @@ func storeAgainstModel(t *rapid.T, disk bool) {
 		defer func() { _ = os.RemoveAll(dir) }()
 		cfg.Dir = dir
 		cfg.Hook = func(op, path string) error { // also between any two operations
-			if n, err := sizes(dir); err != nil || n > cfg.MaxBytes {
-				return fmt.Errorf("%s %s: %d bytes on disk, %v; at most %d", op, path, n, err, cfg.MaxBytes)
+			n, err := sizes(dir)
+			if err == nil && n > cfg.MaxBytes {
+				err = fmt.Errorf("%s %s: %d bytes on disk, at most %d", op, path, n, cfg.MaxBytes)
 			}
-			return nil
+			return err
 		}
 	}
 	s := openStore(t, cfg)

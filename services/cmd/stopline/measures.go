@@ -218,7 +218,7 @@ func measures(ctx context.Context, o measuresOptions, files []string, s streams)
 		if err != nil {
 			return usageError("measures: %v", err)
 		}
-		defer f.Close() // only read
+		defer func() { _ = f.Close() }() // only read
 		if st, err := f.Stat(); err != nil || st.IsDir() {
 			return usageError("measures: %s: is a folder, not a log", name)
 		}

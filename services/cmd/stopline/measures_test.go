@@ -103,7 +103,9 @@ func TestMeasuresOfSeveralFiles(t *testing.T) {
 	os.Stdin = in
 	wantOutput(t, inside(t, "measures", "-", second), want.out)
 	os.Stdin = old
-	in.Close()
+	if err := in.Close(); err != nil {
+		t.Fatal(err)
+	}
 
 	r := inside(t, "measures", second, first)
 	wantExit(t, r, exitFailed, "4 of 7 events are earlier than one before them, the first of device 7 at 2024-05-13T15:00:00Z", "--sort")

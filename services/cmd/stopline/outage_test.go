@@ -217,7 +217,9 @@ func newOutage(t *testing.T, junctions int, keep func(i int) roadside.StoreConfi
 		for _, c := range o.cabins {
 			if c.ticks != nil {
 				close(c.ticks)
-				<-c.done
+				if err := <-c.done; err != nil {
+					t.Errorf("unit: %v", err)
+				}
 			}
 		}
 	})
