@@ -141,8 +141,34 @@ type JunctionView struct {
 	// Evidence is the leaf of the newest command that can be proven, 0 for none:
 	// a seal covers the block after the command's, which holds its header.
 	Evidence uint64 `json:"evidence"`
+	// Failed are the detectors that break a rule of health, by what was agreed
+	// since the gateway started, in the order of their ids.
+	Failed []FailedDetector `json:"failed_detectors,omitempty"`
 
 	proofs []proof // newer commands that cannot be proven yet, rising
+}
+
+// FailedDetector is a detector of which it was agreed that it breaks a rule.
+type FailedDetector struct {
+	Detector traffic.DetectorID `json:"detector"`
+	Rule     string             `json:"rule"`
+	Reason   string             `json:"reason"`
+	Since    time.Time          `json:"since"`
+	// Index is the record's leaf.
+	Index uint64 `json:"index"`
+}
+
+// health takes a word on a detector. Views that were handed out keep the old
+// list.
+func (j *JunctionView) health(h *traffic.Health, index uint64) {
+	failed := slices.DeleteFunc(slices.Clone(j.Failed), func(f FailedDetector) bool { return f.Detector == h.Detector && f.Rule == h.Rule })
+	if h.Failed {
+		failed = append(failed, FailedDetector{h.Detector, h.Rule, h.Reason, h.Since, index})
+		slices.SortFunc(failed, func(a, b FailedDetector) int {
+			return cmp.Or(cmp.Compare(a.Detector, b.Detector), cmp.Compare(a.Rule, b.Rule))
+		})
+	}
+	j.Failed = failed
 }
 
 // Latency in milliseconds since the reading's own time.
@@ -247,6 +273,10 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 		switch {
 		case c.Frame != nil:
 			g.frame(reg, c.Frame, r.Index, now)
+		case c.Health != nil:
+			if j := g.junctions[c.Health.Junction]; j != nil {
+				j.health(c.Health, r.Index)
+			}
 		case c.Command != nil:
 			g.counts.Commands++
 			if g.undecided[c.Command.Junction] == c.Command.RestsOn {

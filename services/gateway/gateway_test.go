@@ -827,3 +827,36 @@ func TestNewRefuses(t *testing.T) {
 		t.Errorf("without validators: sealed at %d", got)
 	}
 }
+
+// TestFailedDetectors: the view lists each detector with each rule that it
+// breaks, from the word that it does until the word that it ceased.
+func TestFailedDetectors(t *testing.T) {
+	w := newWorld(t)
+	word := func(seq uint64, detector traffic.DetectorID, rule string, failed bool) ledgertest.Record {
+		return ledgertest.NewRecord(w.ControlKey, identity.KindHealth, identity.Protobuf, wire.EncodeHealth(&traffic.Health{
+			District: w.ID, Junction: "J1", Seq: seq, Height: 1, Detector: detector, Rule: rule, Reason: "40 counts in 30 s", Failed: failed,
+			Time: w.now(), Since: w.now().Add(-30 * time.Second),
+		}))
+	}
+	want := func(names ...string) {
+		t.Helper()
+		var got []string
+		for _, f := range w.junction().Failed {
+			got = append(got, string(f.Detector)+" "+f.Rule)
+		}
+		if !slices.Equal(got, names) {
+			t.Errorf("got %v, want %v", got, names)
+		}
+	}
+	w.show(records(word(1, "D2", "chatter", true), word(2, "D1", "locked-on", true), word(3, "D1", "chatter", true)))
+	before := w.junction()
+	want("D1 chatter", "D1 locked-on", "D2 chatter")
+	if f := before.Failed[0]; f.Reason != "40 counts in 30 s" || f.Index != 3 || !f.Since.Equal(w.now().Add(-30*time.Second)) {
+		t.Errorf("got %+v, want its reason, leaf 3, and 30 s ago", f)
+	}
+	w.show(records(word(4, "D1", "chatter", false), word(5, "D2", "chatter", true)))
+	want("D1 locked-on", "D2 chatter")
+	if len(before.Failed) != 3 {
+		t.Errorf("a view that was handed out has changed: %v", before.Failed)
+	}
+}

@@ -42,6 +42,8 @@ function show(v) {
     tr.children[6].className = "wrap";
     return tr;
   }));
+  const bad = js.flatMap((j) => (j.failed_detectors || []).map((f) => row([j.name || j.id, f.detector, f.rule, f.reason, clock(f.since)])));
+  if (bad.length) fill("detectors", bad); else fill("detectors", [row(["none", "", "", "", ""])]);
   const q = Object.entries(v.quarantine || {});
   if (q.length) $("quarantine").textContent = q.sort().map(([r, n]) => r + " " + n).join(", ") + ". Newest: " + v.last_refusal;
   fill("blocks", (v.blocks || []).slice().reverse().map((b) => row([b.height, clock(b.time), b.records, b.size, b.root, (b.votes || []).join(" ")])));
