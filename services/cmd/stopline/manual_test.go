@@ -103,13 +103,15 @@ func TestExitCodeOfProcess(t *testing.T) {
 	wantExit(t, stopline(t, "version"), exitOK, "stopline ")
 }
 
-// The script that README shows is at least a shell script.
+// The scripts that README shows are at least shell scripts.
 func TestScriptParses(t *testing.T) {
 	optional(t, "sh", "STOPLINE_REQUIRE_OPENSSL")
-	if b, err := exec.Command("sh", "-n", "testdata/send-frame.sh").CombinedOutput(); err != nil {
-		t.Errorf("%v: %s", err, b)
-	}
-	if s, err := os.Stat("testdata/send-frame.sh"); err != nil || s.Size() == 0 {
-		t.Errorf("%v, %v", s, err)
+	for _, script := range []string{"testdata/send-frame.sh", "testdata/mqtt-frame.sh"} {
+		if b, err := exec.Command("sh", "-n", script).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, b)
+		}
+		if s, err := os.Stat(script); err != nil || s.Size() == 0 {
+			t.Errorf("%v, %v", s, err)
+		}
 	}
 }
