@@ -125,7 +125,7 @@ const (
 
 // DeviceCounts says what became of devices' connections since the start.
 type DeviceCounts struct {
-	// Connected is how many there are, as of the last look a few seconds ago.
+	// Connected is how many there are now.
 	Connected int
 	// Accepted connections, ever.
 	Accepted uint64
@@ -532,6 +532,7 @@ func (s *Server) DeviceCounts() DeviceCounts {
 	if s.devices == nil {
 		return DeviceCounts{}
 	}
+	s.devices.sweep(false)
 	s.devices.mu.Lock()
 	defer s.devices.mu.Unlock()
 	c := s.devices.counts
