@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"encoding/base64"
 	"fmt"
 	"io"
 	"log/slog"
@@ -614,4 +615,42 @@ type countLines struct{ n atomic.Int64 }
 func (c *countLines) Write(p []byte) (int, error) {
 	c.n.Add(1)
 	return len(p), nil
+}
+
+// Whatever is not a token that the key has signed is no token, and what it has
+// signed is good for its device and time only.
+func FuzzToken(f *testing.F) {
+	now := time.Unix(1_800_000_000, 0)
+	good, err := bus.NewToken(tokenKey, "harbour", own, now, now.Add(time.Hour))
+	if err != nil {
+		f.Fatal(err)
+	}
+	pub := tokenKey.Public().(ed25519.PublicKey)
+	if until, err := bus.CheckToken(pub, "harbour", own, good, now); err != nil || !until.Equal(now.Add(time.Hour)) {
+		f.Fatalf("got %v, %v, want good for an hour", until, err)
+	}
+	f.Add(good, "rsu-1", int64(0))
+	f.Add(good, "rsu-2", int64(3600))
+	f.Add(good+"=", "rsu-1", int64(-61))
+	f.Add("e30.e30.", "", int64(0))
+	f.Add("", "", int64(0))
+	f.Fuzz(func(t *testing.T, token, device string, seconds int64) {
+		_, err := bus.CheckToken(pub, "harbour", traffic.DeviceID(device), token, now.Add(time.Duration(seconds%1e6)*time.Second))
+		if err != nil {
+			return
+		}
+		signed, signature, _ := cutLast(token, ".")
+		sig, err := base64.RawURLEncoding.DecodeString(signature)
+		if err != nil || !ed25519.Verify(pub, []byte(signed), sig) || (device != string(own) || seconds%1e6 < -60 || seconds%1e6 >= 3600) {
+			t.Errorf("%q was good for %q after %d s (%v)", token, device, seconds%1e6, err)
+		}
+	})
+}
+
+func cutLast(s, sep string) (before, after string, ok bool) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+len(sep):], true
 }

@@ -1,10 +1,13 @@
 package bus
 
 import (
+	"crypto/ed25519"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+
+	"github.com/stopline-traffic/stopline/pkg/traffic"
 )
 
 // DeviceBooks returns how many messages each stream of the devices' account has.
@@ -25,3 +28,12 @@ func DeviceBooks(t *testing.T, s *Server) map[string]uint64 {
 
 // Tests need not wait for it.
 func init() { sweepEvery = 200 * time.Millisecond }
+
+// CheckToken is checkToken by the key that signs.
+func CheckToken(key ed25519.PublicKey, d traffic.DistrictID, device traffic.DeviceID, token string, now time.Time) (time.Time, error) {
+	issuer, err := tokenIssuer(key)
+	if err != nil {
+		return time.Time{}, err
+	}
+	return checkToken(issuer, d, device, token, now)
+}
