@@ -27,6 +27,26 @@
 // turn. For streams by gRPC, and for requests with many records, we do that
 // ourselves, and send again as well.
 //
+// # Devices
+//
+// A device sends one envelope a message on topic.DeviceUp, by MQTT with QoS 0 or
+// 1, in protobuf or, where it begins with a brace, in JSON. What became of it
+// comes on topic.DeviceDown: a Receipt in the same encoding, whose digest is the
+// SHA-256 of the message that it is about. A PUBACK means nothing; a device that
+// hears nothing sends the same bytes again. What is signed with a key that the
+// registry has for somebody else is refused at once.
+//
+// A device with several records on their way, of which some are told busy, sends
+// all without a final answer again, in order: until the oldest of them has come
+// again, for at most 10 s, everything else of that device is told busy. Of a
+// device at most 256 records wait; more than 2,000 messages a second are dropped
+// without an answer, so that none can crowd out the others.
+//
+// Instances of ingest share devices' messages in a queue group. NATS prefers the
+// members at the server where the device is connected, so with one instance at
+// each server a device's order holds as long as its connection. Where that is
+// not so, a device that needs order has one record on its way at a time.
+//
 // # Bounds
 //
 // The queue is bounded in records and bytes; when it is full the sender is told

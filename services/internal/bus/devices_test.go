@@ -4,12 +4,20 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"math/big"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -534,6 +542,56 @@ func TestDeviceBooksStaySmall(t *testing.T) {
 		t.Errorf("INGRESS after a restart: got %d messages, want 1", got)
 	}
 	device(t, s, nil)
+}
+
+// With a certificate both doors speak TLS and nothing else.
+func TestDeviceWithTLS(t *testing.T) {
+	dir := t.TempDir()
+	pool, certFile, keyFile := certificate(t, dir)
+	s, b := mqttServer(t, func(o *bus.DeviceOptions) { o.CertFile, o.KeyFile = certFile, keyFile })
+	h := hear(t, b, topic.DeviceUpAll("harbour"))
+	if !strings.HasPrefix(s.WebsocketURL(), "wss://") {
+		t.Errorf("got %s, want wss", s.WebsocketURL())
+	}
+	for i, url := range []string{"ssl://" + s.MQTTAddr(), s.WebsocketURL()} {
+		c, _ := device(t, s, func(a *as) {
+			a.url, a.clientID = url, []string{"rsu-1", "rsu-1:1"}[i]
+			a.change = func(o *mqtt.ClientOptions) { o.SetTLSConfig(&tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}) }
+		})
+		mqttPublish(t, c, up(own), 1, url)
+		h.want(t, topic.DeviceUp("harbour", own), url)
+	}
+	for _, url := range []string{"tcp://" + s.MQTTAddr(), "ws" + strings.TrimPrefix(s.WebsocketURL(), "wss")} {
+		if _, _, err := dial(s, as{own, "rsu-1:2", token(t, tokenKey, "harbour", own, time.Hour), url, nil}); err == nil {
+			t.Errorf("%s: let in without TLS", url)
+		}
+	}
+}
+
+// certificate makes one for 127.0.0.1, signed by itself.
+func certificate(t *testing.T, dir string) (pool *x509.CertPool, certFile, keyFile string) {
+	t.Helper()
+	pub, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, pub, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	pool = x509.NewCertPool()
+	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	pool.AppendCertsFromPEM(certPEM)
+	if err := errors.Join(os.WriteFile(certFile, certPEM, 0o600), os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	return pool, certFile, keyFile
 }
 
 func TestDeviceOptionsValidate(t *testing.T) {

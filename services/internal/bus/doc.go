@@ -26,6 +26,13 @@
 // Core messages ([Bus.Send], [Bus.Request], [Bus.Serve], [Bus.Listen]) are
 // delivered at most once and never stored.
 //
+// # Devices
+//
+// A server with [DeviceOptions] takes MQTT 3.1.1, over TCP and websocket. A
+// device shows a token ([NewToken]) and may then publish on its one topic and
+// subscribe to its other; no NATS client comes in that way. A connection ends
+// with its token, and seconds after the registry has revoked the device.
+//
 // # Ending
 //
 // End the contexts of Consume, Serve and Subscribe and wait for them: each
