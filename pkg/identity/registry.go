@@ -2,6 +2,7 @@ package identity
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ed25519"
 	"encoding/hex"
 	"encoding/json"
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"sort"
 	"strconv"
@@ -31,7 +33,23 @@ const (
 	TypeJunction  EntryType = "junction"
 	TypePolicy    EntryType = "policy"
 	TypeSoftware  EntryType = "software"
+	TypeAgency    EntryType = "agency"
+	TypeSharing   EntryType = "sharing"
+	// TypeGovernance has one entry, [GovernanceID].
+	TypeGovernance EntryType = "governance"
 )
+
+// A plan has no type: it is part of its junction's definition, which is checked
+// as a whole.
+
+// known reports whether t is one of the types above.
+func known(t EntryType) bool {
+	switch t {
+	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance:
+		return true
+	}
+	return false
+}
 
 // PublicKey is an Ed25519 public key, in JSON as 64 hex digits.
 type PublicKey ed25519.PublicKey
@@ -68,12 +86,19 @@ type Service struct {
 type Official struct {
 	Key        PublicKey `json:"key"`
 	Department string    `json:"department"`
-	// Roles, for instance "registrar": may change the registry.
+	// Roles, for instance "registrar". Who has any may send changes to the
+	// registry; which role a change needs says [Governance].
 	Roles []string `json:"roles"`
 }
 
-// Registrar is the role that may change the registry.
-const Registrar = "registrar"
+// The roles of officials that new districts ask for: registrars file devices,
+// planners junctions with their plans and policies, governors everything else.
+// A registry without governance knows registrars only.
+const (
+	Registrar = "registrar"
+	Planner   = "planner"
+	Governor  = "governor"
+)
 
 // Validator is the body of a validator's entry. Voting and cosigning keys are
 // different keys, so that neither can be made to sign for the other.
@@ -90,6 +115,25 @@ type Policy struct {
 	Controller string `json:"controller"`
 	Rules      string `json:"rules"`
 }
+
+// Agency is the body of an agency's entry: somebody outside the district's own
+// departments who may ask for something.
+type Agency struct {
+	Name string    `json:"name"`
+	Key  PublicKey `json:"key"`
+}
+
+// Sharing is the body of an entry that says what may cross to a neighbouring
+// district, whose id is that of the entry.
+type Sharing struct {
+	Version string `json:"version"`
+	// Classes, in rising order, of checkpoint, commitment, aggregate and corridor.
+	// Raw frames and personal data are in none of them.
+	Classes []string `json:"classes"`
+}
+
+// shareable are the classes that may ever cross a border.
+var shareable = []string{"aggregate", "checkpoint", "commitment", "corridor"}
 
 // Status of an entry.
 type Status string
@@ -147,8 +191,14 @@ type Change struct {
 	Type     EntryType          `json:"type"`
 	ID       string             `json:"id"`
 	Body     json.RawMessage    `json:"body,omitempty"`
-	// Nonce makes the record unlike every other of its signer.
+	// Nonce makes the record unlike every other of its signer, and of everybody
+	// who approves it.
 	Nonce uint64 `json:"nonce"`
+	// Base is what the change was made to, see [Registry.Base]. It is checked
+	// where it is given, and must be where there are approvals.
+	Base Digest `json:"base,omitempty"`
+	// Approvals of other officials than the record's signer, in any order.
+	Approvals []Approval `json:"approvals,omitempty"`
 }
 
 // Genesis is the agreed beginning of a district: its hash is the parent of
@@ -215,6 +265,7 @@ type Registry struct {
 	devices    map[traffic.DeviceID]Device
 	junctions  map[traffic.JunctionID]*traffic.Junction
 	validators map[uint64]Validator
+	governance *Governance // nil without an entry
 	nonces     map[nonceKey]bool
 	tree       *merkle.Tree // nil until asked for after a change
 	loading    bool         // a snapshot, whose entries were checked when they were filed
@@ -232,10 +283,11 @@ func NewRegistry(g *Genesis) (*Registry, error) {
 		return nil, errors.New("genesis: district: must not be empty")
 	}
 	var errs []error
-	// Junctions come first: a device names one.
-	for _, pass := range []bool{true, false} {
+	// Junctions come first: a device names one. Governance comes last: it must be
+	// possible with the officials there are.
+	for pass := range passes {
 		for i, e := range g.Entries {
-			if (e.Type == TypeJunction) != pass {
+			if passOf(e.Type) != pass {
 				continue
 			}
 			if e.Status != Active && e.Status != "" || e.Since != 0 {
@@ -251,6 +303,19 @@ func NewRegistry(g *Genesis) (*Registry, error) {
 		return nil, errors.Join(errs...)
 	}
 	return r, nil
+}
+
+const passes = 3
+
+// passOf says in which order types are loaded.
+func passOf(t EntryType) int {
+	switch t {
+	case TypeJunction:
+		return 0
+	case TypeGovernance:
+		return 2
+	}
+	return 1
 }
 
 // Clone returns a copy that can be changed without changing r.
@@ -296,7 +361,7 @@ func (r *Registry) Junctions() []*traffic.Junction {
 // Validators returns the active validators, ordered by number.
 func (r *Registry) Validators() []Validator {
 	return slices.SortedFunc(maps.Values(r.validators), func(a, b Validator) int {
-		return int(a.Number) - int(b.Number)
+		return cmp.Compare(a.Number, b.Number) // not a difference: an int may have 32 bits
 	})
 }
 
@@ -306,8 +371,22 @@ func (r *Registry) Entry(t EntryType, id string) (Entry, bool) {
 	return e, ok
 }
 
+// Entries returns the entries of a type, ordered by id; of all types, ordered by
+// type and id, where t is empty.
+func (r *Registry) Entries(t EntryType) []Entry {
+	r.build()
+	var out []Entry
+	for _, k := range r.order {
+		if e := r.entries[k]; t == "" || e.Type == t {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
 // Apply checks a change against the state and, if every rule is met, carries it
-// out; otherwise the state is as before. signer must be the verified signer of
+// out; otherwise the state is as before. Who must have signed it says the
+// governance in force, see [Governance]. signer must be the verified signer of
 // the record, height the block that holds it.
 func (r *Registry) Apply(height uint64, signer KeyID, c Change) error {
 	h, ok := r.holders[signer]
@@ -316,18 +395,19 @@ func (r *Registry) Apply(height uint64, signer KeyID, c Change) error {
 		return kind.Errorf(kind.Denied, "key_id: %s is not in the registry", signer)
 	case h.Status != Active:
 		return kind.Errorf(kind.Denied, "key_id: %s %s is revoked", h.Type, h.ID)
-	case !h.May(KindRegistry):
-		return kind.Errorf(kind.Denied, "key_id: %s %s may not change the registry: the role %q is needed", h.Type, h.ID, Registrar)
 	case c.District != r.district:
 		return kind.Errorf(kind.Invalid, "district: %q, this is %q", c.District, r.district)
 	case r.nonces[nonceKey{signer, c.Nonce}]:
 		return kind.Errorf(kind.Conflict, "nonce: %d was used by this signer before", c.Nonce)
 	}
-	var err error
+	signers, err := r.approved(signer, h, c)
+	if err != nil {
+		return err
+	}
 	switch c.Action {
-	case "put":
+	case Put:
 		err = r.put(height, c.Type, c.ID, c.Body)
-	case "revoke":
+	case Revoke:
 		err = r.revoke(height, c.Type, c.ID)
 	default:
 		err = kind.Errorf(kind.Invalid, "action: %.20q: must be put or revoke", c.Action)
@@ -335,7 +415,9 @@ func (r *Registry) Apply(height uint64, signer KeyID, c Change) error {
 	if err != nil {
 		return err
 	}
-	r.nonces[nonceKey{signer, c.Nonce}] = true
+	for _, k := range signers {
+		r.nonces[nonceKey{k, c.Nonce}] = true
+	}
 	r.version++
 	return nil
 }
@@ -351,7 +433,7 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to %d bytes without control characters", id, MaxID)
 	}
 	old, exists := r.entries[entryKey(t, id)]
-	replace := t == TypeJunction || t == TypePolicy
+	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance
 	if exists && (old.Status == Revoked || !replace) {
 		return kind.Errorf(kind.Conflict, "id: %s %q was used before; ids are never used again", t, id)
 	}
@@ -396,7 +478,7 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 			return kind.Errorf(kind.Invalid, "body.department: must not be empty")
 		}
 		key, kinds = o.Key, []RecordKind{KindRequest}
-		if slices.Contains(o.Roles, Registrar) {
+		if len(o.Roles) > 0 {
 			kinds = append(kinds, KindRegistry)
 		}
 	case TypeValidator:
@@ -426,6 +508,9 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		if string(j.ID) != id {
 			return kind.Errorf(kind.Invalid, "body.id: %q, the entry is %q", j.ID, id)
 		}
+		if err := portable(j); err != nil && !r.loading {
+			return err
+		}
 		done = func() { r.junctions[j.ID] = j }
 	case TypePolicy:
 		var p Policy
@@ -439,6 +524,40 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		if !json.Valid(body) {
 			return kind.Errorf(kind.Invalid, "body: must be JSON")
 		}
+	case TypeAgency:
+		var a Agency
+		if err := parseBody(body, &a); err != nil {
+			return err
+		}
+		if a.Name == "" {
+			return kind.Errorf(kind.Invalid, "body.name: must not be empty")
+		}
+		key, kinds = a.Key, []RecordKind{KindRequest}
+	case TypeSharing:
+		var s Sharing
+		if err := parseBody(body, &s); err != nil {
+			return err
+		}
+		if err := s.check(r.district, id); err != nil {
+			return err
+		}
+	case TypeGovernance:
+		g := new(Governance)
+		if err := parseBody(body, g); err != nil {
+			return err
+		}
+		if id != GovernanceID {
+			return kind.Errorf(kind.Invalid, "id: %.40q: the one governance entry is %q", id, GovernanceID)
+		}
+		if err := g.check(); err != nil {
+			return err
+		}
+		if !r.loading {
+			if err := r.possible(g, ""); err != nil {
+				return err
+			}
+		}
+		done = func() { r.governance = g }
 	default:
 		return kind.Errorf(kind.Invalid, "type: %.20q is unknown", string(t))
 	}
@@ -493,8 +612,14 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 	if e.Status == Revoked {
 		return kind.Errorf(kind.Conflict, "id: %s %q is revoked already", t, id)
 	}
-	if t != TypeDevice && t != TypeService && t != TypeOfficial {
+	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency {
 		return kind.Errorf(kind.Invalid, "type: a %.20s cannot be revoked", string(t))
+	}
+	// Without governance the last registrar may go: so it was from the start.
+	if g, filed := r.Governance(); filed && t == TypeOfficial && !r.loading {
+		if err := r.possible(g, id); err != nil {
+			return kind.Errorf(kind.Conflict, "id: without official %q: %w; appoint another first", id, err)
+		}
 	}
 	for kid, h := range r.holders { // at most one matches, so the order is no matter
 		if h.Type == t && h.ID == id {
@@ -510,6 +635,53 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 func (r *Registry) set(e Entry) {
 	r.entries[entryKey(e.Type, e.ID)] = e
 	r.tree, r.order = nil, nil
+}
+
+func (s Sharing) check(own traffic.DistrictID, id string) error {
+	if s.Version == "" {
+		return kind.Errorf(kind.Invalid, "body.version: must not be empty")
+	}
+	if id == string(own) {
+		return kind.Errorf(kind.Invalid, "id: %q is this district, not a neighbour", id)
+	}
+	for i, c := range s.Classes {
+		if !slices.Contains(shareable, c) || i > 0 && c <= s.Classes[i-1] {
+			return kind.Errorf(kind.Invalid, "body.classes[%d]: %.20q: must be of %s, in this order and once", i, c, strings.Join(shareable, ", "))
+		}
+	}
+	return nil
+}
+
+// portable refuses figures of a definition that only 64-bit validators could
+// read: the others would refuse the change, and the registries differ.
+func portable(j *traffic.Junction) error {
+	small := func(v int) bool { return int64(v) >= math.MinInt32 && int64(v) <= math.MaxInt32 }
+	bad := func(field string, i, v int) error {
+		return kind.Errorf(kind.Invalid, "body."+field+": %d: must fit 32 bits", i, v)
+	}
+	for i, l := range j.Lanes {
+		if !small(l.Capacity) {
+			return bad("lanes[%d].capacity", i, l.Capacity)
+		}
+	}
+	for i, m := range j.Movements {
+		if !small(m.SaturationPerHour) {
+			return bad("movements[%d].saturation_per_hour", i, m.SaturationPerHour)
+		}
+	}
+	for i, d := range j.Detectors {
+		if !small(d.Group) {
+			return bad("detectors[%d].group", i, d.Group)
+		}
+	}
+	for i, gs := range j.Yields {
+		for _, g := range gs {
+			if !small(g) {
+				return bad("yields[%d]", i, g)
+			}
+		}
+	}
+	return nil
 }
 
 func parseBody(b json.RawMessage, v any) error {
@@ -604,6 +776,10 @@ func (e Entry) Keys() ([]ed25519.PublicKey, error) {
 		var o Official
 		err = parseBody(e.Body, &o)
 		keys = []PublicKey{o.Key}
+	case TypeAgency:
+		var a Agency
+		err = parseBody(e.Body, &a)
+		keys = []PublicKey{a.Key}
 	case TypeValidator:
 		var v Validator
 		err = parseBody(e.Body, &v)

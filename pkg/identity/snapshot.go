@@ -63,9 +63,9 @@ func ParseSnapshot(b []byte) (*Registry, error) {
 			return nil, fmt.Errorf("registry snapshot: entries[%d]: %w", i, err)
 		}
 	}
-	for _, pass := range []bool{true, false} {
+	for pass := range passes {
 		for i, e := range entries {
-			if (e.Type == TypeJunction) != pass {
+			if passOf(e.Type) != pass {
 				continue
 			}
 			// Filed at height 0 so that validators, too, may come back; the true

@@ -67,7 +67,8 @@ func Describe(e identity.Envelope) Claims {
 // fields are the top-level fields of a message, by protobuf number or JSON name.
 type fields struct {
 	numbers map[int]uint64
-	texts   map[int]string
+	texts   map[int]string // the last of each
+	many    map[int][]string
 	counts  map[int]int
 	json    map[string]json.RawMessage
 }
@@ -77,7 +78,7 @@ func readFields(e identity.Envelope) (*fields, bool) {
 		f := &fields{}
 		return f, json.Unmarshal(e.Payload, &f.json) == nil
 	}
-	f := &fields{numbers: map[int]uint64{}, texts: map[int]string{}, counts: map[int]int{}}
+	f := &fields{numbers: map[int]uint64{}, texts: map[int]string{}, many: map[int][]string{}, counts: map[int]int{}}
 	for p := e.Payload; len(p) > 0; {
 		tag, w := binary.Uvarint(p)
 		if w <= 0 || tag>>3 == 0 || tag>>3 > 1<<20 {
@@ -109,6 +110,7 @@ func readFields(e identity.Envelope) (*fields, bool) {
 			}
 			p = p[w:]
 			f.texts[n], p = string(p[:l]), p[l:]
+			f.many[n] = append(f.many[n], f.texts[n])
 		default:
 			return nil, false
 		}

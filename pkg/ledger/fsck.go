@@ -607,6 +607,16 @@ func readChange(e identity.Envelope) (identity.Change, error) {
 	if b, ok := m.texts[5]; ok {
 		c.Body = json.RawMessage(b)
 	}
+	if b, ok := m.texts[7]; ok {
+		c.Base = identity.Digest(b)
+	}
+	for _, b := range m.many[8] {
+		a, ok := readFields(identity.Envelope{ContentType: identity.Protobuf, Payload: []byte(b)})
+		if !ok {
+			return identity.Change{}, errors.New("approvals: cannot be decoded")
+		}
+		c.Approvals = append(c.Approvals, identity.Approval{Key: identity.KeyID(a.texts[1]), Signature: identity.Signature(a.texts[2])})
+	}
 	return c, nil
 }
 

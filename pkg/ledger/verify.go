@@ -396,7 +396,9 @@ func maySign(e identity.Entry, k identity.RecordKind) bool {
 	case identity.TypeOfficial:
 		var o identity.Official
 		return json.Unmarshal(e.Body, &o) == nil &&
-			(k == identity.KindRequest || k == identity.KindRegistry && slices.Contains(o.Roles, identity.Registrar))
+			(k == identity.KindRequest || k == identity.KindRegistry && len(o.Roles) > 0)
+	case identity.TypeAgency:
+		return k == identity.KindRequest
 	}
 	return false
 }

@@ -189,6 +189,10 @@ func change(reg *identity.Registry, c *identity.Change) Verdict {
 		return refuse(RuleRegistry, "type: must not be empty")
 	case c.ID == "":
 		return refuse(RuleRegistry, "id: must not be empty")
+	case len(c.Approvals) > identity.MaxApprovals:
+		return refuse(RuleRegistry, "approvals: %d, at most %d", len(c.Approvals), identity.MaxApprovals)
+	case len(c.Approvals) > 0 && len(c.Base) == 0:
+		return refuse(RuleRegistry, "base: must be given where there are approvals")
 	}
 	return ok
 }

@@ -77,7 +77,7 @@ func (x Receipt_Status) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Receipt_Status.Descriptor instead.
 func (Receipt_Status) EnumDescriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{15, 0}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{16, 0}
 }
 
 // Envelope is signed bytes with the names needed to check them.
@@ -1172,13 +1172,19 @@ type RegistryChange struct {
 	District string                 `protobuf:"bytes,1,opt,name=district,proto3" json:"district,omitempty"`
 	// put or revoke.
 	Action string `protobuf:"bytes,2,opt,name=action,proto3" json:"action,omitempty"`
-	// device, service, official, validator, junction, policy, software.
+	// device, service, official, validator, junction, policy, software, agency,
+	// sharing, governance.
 	Type string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
 	Id   string `protobuf:"bytes,4,opt,name=id,proto3" json:"id,omitempty"`
 	// JSON of the entry, by type; see pkg/identity.
 	Body []byte `protobuf:"bytes,5,opt,name=body,proto3" json:"body,omitempty"`
-	// Never used twice by one signer.
-	Nonce         uint64 `protobuf:"varint,6,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// Never used twice by one signer, nor by anybody who approves.
+	Nonce uint64 `protobuf:"varint,6,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// SHA-256 of the entry that the change was made to, zeros where there is none.
+	// May be empty where nobody approves.
+	Base []byte `protobuf:"bytes,7,opt,name=base,proto3" json:"base,omitempty"`
+	// Of other officials than the record's signer, in any order, at most 16.
+	Approvals     []*Approval `protobuf:"bytes,8,rep,name=approvals,proto3" json:"approvals,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1255,6 +1261,74 @@ func (x *RegistryChange) GetNonce() uint64 {
 	return 0
 }
 
+func (x *RegistryChange) GetBase() []byte {
+	if x != nil {
+		return x.Base
+	}
+	return nil
+}
+
+func (x *RegistryChange) GetApprovals() []*Approval {
+	if x != nil {
+		return x.Approvals
+	}
+	return nil
+}
+
+// Approval is an official's signature on a registry change; see pkg/identity.
+type Approval struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	KeyId string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	// Ed25519, 64 bytes.
+	Signature     []byte `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Approval) Reset() {
+	*x = Approval{}
+	mi := &file_stopline_v1_stopline_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Approval) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Approval) ProtoMessage() {}
+
+func (x *Approval) ProtoReflect() protoreflect.Message {
+	mi := &file_stopline_v1_stopline_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Approval.ProtoReflect.Descriptor instead.
+func (*Approval) Descriptor() ([]byte, []int) {
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Approval) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *Approval) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
 // Record is an envelope with the salt drawn for it at ingest.
 type Record struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1270,7 +1344,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[12]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1282,7 +1356,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[12]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1295,7 +1369,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{12}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Record) GetEnvelope() []byte {
@@ -1332,7 +1406,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[13]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1418,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[13]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1431,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{13}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Batch) GetRecords() []*Record {
@@ -1397,7 +1471,7 @@ type Quarantined struct {
 
 func (x *Quarantined) Reset() {
 	*x = Quarantined{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[14]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1483,7 @@ func (x *Quarantined) String() string {
 func (*Quarantined) ProtoMessage() {}
 
 func (x *Quarantined) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[14]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1496,7 @@ func (x *Quarantined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantined.ProtoReflect.Descriptor instead.
 func (*Quarantined) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{14}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Quarantined) GetEnvelope() []byte {
@@ -1486,7 +1560,7 @@ type Receipt struct {
 
 func (x *Receipt) Reset() {
 	*x = Receipt{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[15]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1498,7 +1572,7 @@ func (x *Receipt) String() string {
 func (*Receipt) ProtoMessage() {}
 
 func (x *Receipt) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[15]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1511,7 +1585,7 @@ func (x *Receipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
 func (*Receipt) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{15}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Receipt) GetStatus() Receipt_Status {
@@ -1560,7 +1634,7 @@ type VoteSignature struct {
 
 func (x *VoteSignature) Reset() {
 	*x = VoteSignature{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[16]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1572,7 +1646,7 @@ func (x *VoteSignature) String() string {
 func (*VoteSignature) ProtoMessage() {}
 
 func (x *VoteSignature) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[16]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1585,7 +1659,7 @@ func (x *VoteSignature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VoteSignature.ProtoReflect.Descriptor instead.
 func (*VoteSignature) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{16}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *VoteSignature) GetValidator() uint64 {
@@ -1623,7 +1697,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[17]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1635,7 +1709,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[17]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1648,7 +1722,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{17}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Block) GetHeader() []byte {
@@ -1705,7 +1779,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[18]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1717,7 +1791,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[18]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1730,7 +1804,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{18}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SyncRequest) GetFromHeight() uint64 {
@@ -1765,7 +1839,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1777,7 +1851,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1790,7 +1864,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{19}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SyncResponse) GetBlocks() []*Block {
@@ -1819,7 +1893,7 @@ type CosignRequest struct {
 
 func (x *CosignRequest) Reset() {
 	*x = CosignRequest{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1831,7 +1905,7 @@ func (x *CosignRequest) String() string {
 func (*CosignRequest) ProtoMessage() {}
 
 func (x *CosignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1844,7 +1918,7 @@ func (x *CosignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignRequest.ProtoReflect.Descriptor instead.
 func (*CosignRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{20}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CosignRequest) GetHeight() uint64 {
@@ -1872,7 +1946,7 @@ type CosignResponse struct {
 
 func (x *CosignResponse) Reset() {
 	*x = CosignResponse{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1884,7 +1958,7 @@ func (x *CosignResponse) String() string {
 func (*CosignResponse) ProtoMessage() {}
 
 func (x *CosignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1897,7 +1971,7 @@ func (x *CosignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignResponse.ProtoReflect.Descriptor instead.
 func (*CosignResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{21}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CosignResponse) GetSignatureLine() []byte {
@@ -1928,7 +2002,7 @@ type Seal struct {
 
 func (x *Seal) Reset() {
 	*x = Seal{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1940,7 +2014,7 @@ func (x *Seal) String() string {
 func (*Seal) ProtoMessage() {}
 
 func (x *Seal) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1953,7 +2027,7 @@ func (x *Seal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seal.ProtoReflect.Descriptor instead.
 func (*Seal) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{22}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Seal) GetHeight() uint64 {
@@ -2089,14 +2163,19 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x06device\x18\x03 \x01(\tR\x06device\x12$\n" +
 	"\x0etime_unix_nano\x18\x04 \x01(\x03R\ftimeUnixNano\x12+\n" +
 	"\x06signal\x18\x05 \x01(\v2\x13.stopline.v1.SignalR\x06signal\x122\n" +
-	"\x06result\x18\x06 \x01(\v2\x1a.stopline.v1.CommandResultR\x06result\"\x92\x01\n" +
+	"\x06result\x18\x06 \x01(\v2\x1a.stopline.v1.CommandResultR\x06result\"\xdb\x01\n" +
 	"\x0eRegistryChange\x12\x1a\n" +
 	"\bdistrict\x18\x01 \x01(\tR\bdistrict\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12\x0e\n" +
 	"\x02id\x18\x04 \x01(\tR\x02id\x12\x12\n" +
 	"\x04body\x18\x05 \x01(\fR\x04body\x12\x14\n" +
-	"\x05nonce\x18\x06 \x01(\x04R\x05nonce\"f\n" +
+	"\x05nonce\x18\x06 \x01(\x04R\x05nonce\x12\x12\n" +
+	"\x04base\x18\a \x01(\fR\x04base\x123\n" +
+	"\tapprovals\x18\b \x03(\v2\x15.stopline.v1.ApprovalR\tapprovals\"?\n" +
+	"\bApproval\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"f\n" +
 	"\x06Record\x12\x1a\n" +
 	"\benvelope\x18\x01 \x01(\fR\benvelope\x12\x12\n" +
 	"\x04salt\x18\x02 \x01(\fR\x04salt\x12,\n" +
@@ -2173,7 +2252,7 @@ func file_stopline_v1_stopline_proto_rawDescGZIP() []byte {
 }
 
 var file_stopline_v1_stopline_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_stopline_v1_stopline_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_stopline_v1_stopline_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_stopline_v1_stopline_proto_goTypes = []any{
 	(Receipt_Status)(0),    // 0: stopline.v1.Receipt.Status
 	(*Envelope)(nil),       // 1: stopline.v1.Envelope
@@ -2188,17 +2267,18 @@ var file_stopline_v1_stopline_proto_goTypes = []any{
 	(*Health)(nil),         // 10: stopline.v1.Health
 	(*Status)(nil),         // 11: stopline.v1.Status
 	(*RegistryChange)(nil), // 12: stopline.v1.RegistryChange
-	(*Record)(nil),         // 13: stopline.v1.Record
-	(*Batch)(nil),          // 14: stopline.v1.Batch
-	(*Quarantined)(nil),    // 15: stopline.v1.Quarantined
-	(*Receipt)(nil),        // 16: stopline.v1.Receipt
-	(*VoteSignature)(nil),  // 17: stopline.v1.VoteSignature
-	(*Block)(nil),          // 18: stopline.v1.Block
-	(*SyncRequest)(nil),    // 19: stopline.v1.SyncRequest
-	(*SyncResponse)(nil),   // 20: stopline.v1.SyncResponse
-	(*CosignRequest)(nil),  // 21: stopline.v1.CosignRequest
-	(*CosignResponse)(nil), // 22: stopline.v1.CosignResponse
-	(*Seal)(nil),           // 23: stopline.v1.Seal
+	(*Approval)(nil),       // 13: stopline.v1.Approval
+	(*Record)(nil),         // 14: stopline.v1.Record
+	(*Batch)(nil),          // 15: stopline.v1.Batch
+	(*Quarantined)(nil),    // 16: stopline.v1.Quarantined
+	(*Receipt)(nil),        // 17: stopline.v1.Receipt
+	(*VoteSignature)(nil),  // 18: stopline.v1.VoteSignature
+	(*Block)(nil),          // 19: stopline.v1.Block
+	(*SyncRequest)(nil),    // 20: stopline.v1.SyncRequest
+	(*SyncResponse)(nil),   // 21: stopline.v1.SyncResponse
+	(*CosignRequest)(nil),  // 22: stopline.v1.CosignRequest
+	(*CosignResponse)(nil), // 23: stopline.v1.CosignResponse
+	(*Seal)(nil),           // 24: stopline.v1.Seal
 }
 var file_stopline_v1_stopline_proto_depIdxs = []int32{
 	3,  // 0: stopline.v1.Frame.readings:type_name -> stopline.v1.Reading
@@ -2210,15 +2290,16 @@ var file_stopline_v1_stopline_proto_depIdxs = []int32{
 	8,  // 6: stopline.v1.Health.rests_on:type_name -> stopline.v1.FrameKey
 	5,  // 7: stopline.v1.Status.signal:type_name -> stopline.v1.Signal
 	6,  // 8: stopline.v1.Status.result:type_name -> stopline.v1.CommandResult
-	13, // 9: stopline.v1.Batch.records:type_name -> stopline.v1.Record
-	0,  // 10: stopline.v1.Receipt.status:type_name -> stopline.v1.Receipt.Status
-	17, // 11: stopline.v1.Block.votes:type_name -> stopline.v1.VoteSignature
-	18, // 12: stopline.v1.SyncResponse.blocks:type_name -> stopline.v1.Block
-	13, // [13:13] is the sub-list for method output_type
-	13, // [13:13] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	13, // 9: stopline.v1.RegistryChange.approvals:type_name -> stopline.v1.Approval
+	14, // 10: stopline.v1.Batch.records:type_name -> stopline.v1.Record
+	0,  // 11: stopline.v1.Receipt.status:type_name -> stopline.v1.Receipt.Status
+	18, // 12: stopline.v1.Block.votes:type_name -> stopline.v1.VoteSignature
+	19, // 13: stopline.v1.SyncResponse.blocks:type_name -> stopline.v1.Block
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_stopline_v1_stopline_proto_init() }
@@ -2232,7 +2313,7 @@ func file_stopline_v1_stopline_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_stopline_v1_stopline_proto_rawDesc), len(file_stopline_v1_stopline_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -314,10 +314,25 @@ func DecodeChange(contentType string, payload []byte) (identity.Change, error) {
 	if err := Decode(contentType, payload, &m); err != nil {
 		return identity.Change{}, err
 	}
-	return identity.Change{
+	c := identity.Change{
 		District: traffic.DistrictID(m.District), Action: m.Action, Type: identity.EntryType(m.Type),
-		ID: m.Id, Body: m.Body, Nonce: m.Nonce,
-	}, nil
+		ID: m.Id, Body: m.Body, Nonce: m.Nonce, Base: m.Base,
+	}
+	for _, a := range m.Approvals {
+		c.Approvals = append(c.Approvals, identity.Approval{Key: identity.KeyID(a.KeyId), Signature: a.Signature})
+	}
+	return c, nil
+}
+
+// EncodeChange returns the protobuf payload of a registry record.
+func EncodeChange(c identity.Change) []byte {
+	m := &pb.RegistryChange{
+		District: string(c.District), Action: c.Action, Type: string(c.Type), Id: c.ID, Body: c.Body, Nonce: c.Nonce, Base: c.Base,
+	}
+	for _, a := range c.Approvals {
+		m.Approvals = append(m.Approvals, &pb.Approval{KeyId: string(a.Key), Signature: a.Signature})
+	}
+	return marshal(m)
 }
 
 // EncodeBatch returns a batch's bytes, which name it: see [ledger.RequestID].
