@@ -1767,12 +1767,22 @@ func (x *Block) GetVerdicts() []byte {
 	return nil
 }
 
-// SyncRequest asks a validator for decided blocks.
+// SyncRequest asks a validator for decided blocks, or for what is asked for by
+// one of the fields from 5 on.
 type SyncRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	FromHeight    uint64                 `protobuf:"varint,1,opt,name=from_height,json=fromHeight,proto3" json:"from_height,omitempty"`
-	MaxBlocks     uint32                 `protobuf:"varint,2,opt,name=max_blocks,json=maxBlocks,proto3" json:"max_blocks,omitempty"`
-	MaxBytes      uint32                 `protobuf:"varint,3,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	FromHeight uint64                 `protobuf:"varint,1,opt,name=from_height,json=fromHeight,proto3" json:"from_height,omitempty"`
+	MaxBlocks  uint32                 `protobuf:"varint,2,opt,name=max_blocks,json=maxBlocks,proto3" json:"max_blocks,omitempty"`
+	MaxBytes   uint32                 `protobuf:"varint,3,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	// Leave payloads out, but for those of blocks with registry records.
+	Headers bool `protobuf:"varint,4,opt,name=headers,proto3" json:"headers,omitempty"`
+	// Which snapshots of its state there are.
+	Offers bool `protobuf:"varint,5,opt,name=offers,proto3" json:"offers,omitempty"`
+	// The snapshot with this SHA-256, from offset on.
+	Snapshot []byte `protobuf:"bytes,6,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// The registry with this hash, as snapshots hold it, from offset on.
+	Registry      []byte `protobuf:"bytes,7,opt,name=registry,proto3" json:"registry,omitempty"`
+	Offset        uint64 `protobuf:"varint,8,opt,name=offset,proto3" json:"offset,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1828,11 +1838,52 @@ func (x *SyncRequest) GetMaxBytes() uint32 {
 	return 0
 }
 
-// SyncResponse carries consecutive blocks from the height asked for.
+func (x *SyncRequest) GetHeaders() bool {
+	if x != nil {
+		return x.Headers
+	}
+	return false
+}
+
+func (x *SyncRequest) GetOffers() bool {
+	if x != nil {
+		return x.Offers
+	}
+	return false
+}
+
+func (x *SyncRequest) GetSnapshot() []byte {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *SyncRequest) GetRegistry() []byte {
+	if x != nil {
+		return x.Registry
+	}
+	return nil
+}
+
+func (x *SyncRequest) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+// SyncResponse carries consecutive blocks from the height asked for, or what was
+// asked for instead.
 type SyncResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Blocks        []*Block               `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"`
-	LastHeight    uint64                 `protobuf:"varint,2,opt,name=last_height,json=lastHeight,proto3" json:"last_height,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Blocks     []*Block               `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"`
+	LastHeight uint64                 `protobuf:"varint,2,opt,name=last_height,json=lastHeight,proto3" json:"last_height,omitempty"`
+	Offers     []*SnapshotOffer       `protobuf:"bytes,3,rep,name=offers,proto3" json:"offers,omitempty"`
+	// So much as fits of a snapshot or registry of size bytes; empty where the
+	// validator has none such.
+	Part          []byte `protobuf:"bytes,4,opt,name=part,proto3" json:"part,omitempty"`
+	Size          uint64 `protobuf:"varint,5,opt,name=size,proto3" json:"size,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1881,6 +1932,108 @@ func (x *SyncResponse) GetLastHeight() uint64 {
 	return 0
 }
 
+func (x *SyncResponse) GetOffers() []*SnapshotOffer {
+	if x != nil {
+		return x.Offers
+	}
+	return nil
+}
+
+func (x *SyncResponse) GetPart() []byte {
+	if x != nil {
+		return x.Part
+	}
+	return nil
+}
+
+func (x *SyncResponse) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+// SnapshotOffer is a validator's word on its state after a block: nothing in a
+// header commits to all of it.
+type SnapshotOffer struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Height uint64                 `protobuf:"varint,1,opt,name=height,proto3" json:"height,omitempty"`
+	// Hash of the block's header.
+	Header []byte `protobuf:"bytes,2,opt,name=header,proto3" json:"header,omitempty"`
+	Size   uint64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// SHA-256 of the snapshot's bytes, the same at every validator.
+	Digest []byte `protobuf:"bytes,4,opt,name=digest,proto3" json:"digest,omitempty"`
+	// By the validator's vote key, over the fields above and the genesis hash.
+	Signature     []byte `protobuf:"bytes,5,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotOffer) Reset() {
+	*x = SnapshotOffer{}
+	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotOffer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotOffer) ProtoMessage() {}
+
+func (x *SnapshotOffer) ProtoReflect() protoreflect.Message {
+	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotOffer.ProtoReflect.Descriptor instead.
+func (*SnapshotOffer) Descriptor() ([]byte, []int) {
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SnapshotOffer) GetHeight() uint64 {
+	if x != nil {
+		return x.Height
+	}
+	return 0
+}
+
+func (x *SnapshotOffer) GetHeader() []byte {
+	if x != nil {
+		return x.Header
+	}
+	return nil
+}
+
+func (x *SnapshotOffer) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *SnapshotOffer) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *SnapshotOffer) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
 // CosignRequest asks a validator to cosign a checkpoint of its own log.
 type CosignRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
@@ -1893,7 +2046,7 @@ type CosignRequest struct {
 
 func (x *CosignRequest) Reset() {
 	*x = CosignRequest{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1905,7 +2058,7 @@ func (x *CosignRequest) String() string {
 func (*CosignRequest) ProtoMessage() {}
 
 func (x *CosignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1918,7 +2071,7 @@ func (x *CosignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignRequest.ProtoReflect.Descriptor instead.
 func (*CosignRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{21}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CosignRequest) GetHeight() uint64 {
@@ -1946,7 +2099,7 @@ type CosignResponse struct {
 
 func (x *CosignResponse) Reset() {
 	*x = CosignResponse{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1958,7 +2111,7 @@ func (x *CosignResponse) String() string {
 func (*CosignResponse) ProtoMessage() {}
 
 func (x *CosignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1971,7 +2124,7 @@ func (x *CosignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignResponse.ProtoReflect.Descriptor instead.
 func (*CosignResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{22}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CosignResponse) GetSignatureLine() []byte {
@@ -2002,7 +2155,7 @@ type Seal struct {
 
 func (x *Seal) Reset() {
 	*x = Seal{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2014,7 +2167,7 @@ func (x *Seal) String() string {
 func (*Seal) ProtoMessage() {}
 
 func (x *Seal) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2027,7 +2180,7 @@ func (x *Seal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seal.ProtoReflect.Descriptor instead.
 func (*Seal) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{23}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Seal) GetHeight() uint64 {
@@ -2214,17 +2367,31 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\bmetadata\x18\x03 \x01(\fR\bmetadata\x120\n" +
 	"\x05votes\x18\x04 \x03(\v2\x1a.stopline.v1.VoteSignatureR\x05votes\x12\x18\n" +
 	"\abatches\x18\x05 \x03(\fR\abatches\x12\x1a\n" +
-	"\bverdicts\x18\x06 \x01(\fR\bverdicts\"j\n" +
+	"\bverdicts\x18\x06 \x01(\fR\bverdicts\"\xec\x01\n" +
 	"\vSyncRequest\x12\x1f\n" +
 	"\vfrom_height\x18\x01 \x01(\x04R\n" +
 	"fromHeight\x12\x1d\n" +
 	"\n" +
 	"max_blocks\x18\x02 \x01(\rR\tmaxBlocks\x12\x1b\n" +
-	"\tmax_bytes\x18\x03 \x01(\rR\bmaxBytes\"[\n" +
+	"\tmax_bytes\x18\x03 \x01(\rR\bmaxBytes\x12\x18\n" +
+	"\aheaders\x18\x04 \x01(\bR\aheaders\x12\x16\n" +
+	"\x06offers\x18\x05 \x01(\bR\x06offers\x12\x1a\n" +
+	"\bsnapshot\x18\x06 \x01(\fR\bsnapshot\x12\x1a\n" +
+	"\bregistry\x18\a \x01(\fR\bregistry\x12\x16\n" +
+	"\x06offset\x18\b \x01(\x04R\x06offset\"\xb7\x01\n" +
 	"\fSyncResponse\x12*\n" +
 	"\x06blocks\x18\x01 \x03(\v2\x12.stopline.v1.BlockR\x06blocks\x12\x1f\n" +
 	"\vlast_height\x18\x02 \x01(\x04R\n" +
-	"lastHeight\";\n" +
+	"lastHeight\x122\n" +
+	"\x06offers\x18\x03 \x03(\v2\x1a.stopline.v1.SnapshotOfferR\x06offers\x12\x12\n" +
+	"\x04part\x18\x04 \x01(\fR\x04part\x12\x12\n" +
+	"\x04size\x18\x05 \x01(\x04R\x04size\"\x89\x01\n" +
+	"\rSnapshotOffer\x12\x16\n" +
+	"\x06height\x18\x01 \x01(\x04R\x06height\x12\x16\n" +
+	"\x06header\x18\x02 \x01(\fR\x06header\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x16\n" +
+	"\x06digest\x18\x04 \x01(\fR\x06digest\x12\x1c\n" +
+	"\tsignature\x18\x05 \x01(\fR\tsignature\";\n" +
 	"\rCosignRequest\x12\x16\n" +
 	"\x06height\x18\x01 \x01(\x04R\x06height\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\fR\x04body\"Q\n" +
@@ -2252,7 +2419,7 @@ func file_stopline_v1_stopline_proto_rawDescGZIP() []byte {
 }
 
 var file_stopline_v1_stopline_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_stopline_v1_stopline_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_stopline_v1_stopline_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_stopline_v1_stopline_proto_goTypes = []any{
 	(Receipt_Status)(0),    // 0: stopline.v1.Receipt.Status
 	(*Envelope)(nil),       // 1: stopline.v1.Envelope
@@ -2276,9 +2443,10 @@ var file_stopline_v1_stopline_proto_goTypes = []any{
 	(*Block)(nil),          // 19: stopline.v1.Block
 	(*SyncRequest)(nil),    // 20: stopline.v1.SyncRequest
 	(*SyncResponse)(nil),   // 21: stopline.v1.SyncResponse
-	(*CosignRequest)(nil),  // 22: stopline.v1.CosignRequest
-	(*CosignResponse)(nil), // 23: stopline.v1.CosignResponse
-	(*Seal)(nil),           // 24: stopline.v1.Seal
+	(*SnapshotOffer)(nil),  // 22: stopline.v1.SnapshotOffer
+	(*CosignRequest)(nil),  // 23: stopline.v1.CosignRequest
+	(*CosignResponse)(nil), // 24: stopline.v1.CosignResponse
+	(*Seal)(nil),           // 25: stopline.v1.Seal
 }
 var file_stopline_v1_stopline_proto_depIdxs = []int32{
 	3,  // 0: stopline.v1.Frame.readings:type_name -> stopline.v1.Reading
@@ -2295,11 +2463,12 @@ var file_stopline_v1_stopline_proto_depIdxs = []int32{
 	0,  // 11: stopline.v1.Receipt.status:type_name -> stopline.v1.Receipt.Status
 	18, // 12: stopline.v1.Block.votes:type_name -> stopline.v1.VoteSignature
 	19, // 13: stopline.v1.SyncResponse.blocks:type_name -> stopline.v1.Block
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	22, // 14: stopline.v1.SyncResponse.offers:type_name -> stopline.v1.SnapshotOffer
+	15, // [15:15] is the sub-list for method output_type
+	15, // [15:15] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_stopline_v1_stopline_proto_init() }
@@ -2313,7 +2482,7 @@ func file_stopline_v1_stopline_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_stopline_v1_stopline_proto_rawDesc), len(file_stopline_v1_stopline_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   24,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
