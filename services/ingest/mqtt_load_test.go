@@ -29,6 +29,9 @@ import (
 // Far more connections at once than are let in: each is let in or told no, the
 // services do not notice, and there is room again afterwards.
 func TestManyDevicesAtOnce(t *testing.T) {
+	if testing.Short() {
+		t.Skip("two thousand connections; not with -short")
+	}
 	const most, n = 100, 1000
 	s, b := mqttDistrict(t, most)
 	running(t, b, nil)

@@ -431,9 +431,8 @@ func (d *devices) refused(c server.ClientAuthentication, reason, key string, dev
 	d.mu.Lock()
 	d.counts.Refused[reason]++
 	d.mu.Unlock()
-	var addr net.Addr = c.RemoteAddress()
 	args := []any{"reason", reason, "err", err}
-	if addr != nil {
+	if addr := c.RemoteAddress(); addr != nil {
 		args = append(args, "from", addr.String())
 	}
 	if key != "" {

@@ -356,6 +356,9 @@ func wait(t *testing.T, c <-chan struct{}, what string) {
 
 // A token that expires ends the connection; so does a device's revocation.
 func TestDeviceConnectionEnds(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for a token to expire; not with -short")
+	}
 	var revoked atomic.Bool
 	s, _ := mqttServer(t, func(o *bus.DeviceOptions) {
 		o.Active = func(d traffic.DeviceID) bool { return d != own || !revoked.Load() }
