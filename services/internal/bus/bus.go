@@ -32,6 +32,12 @@ type ConnectOptions struct {
 	Name string
 	// CredsFile holds a user JWT and its nkey seed. Optional.
 	CredsFile string
+	// NKeyFile holds the user's nkey seed alone, for servers that list their users.
+	// Optional.
+	NKeyFile string
+	// User is the name by which the user has its permissions: answers come to
+	// topic.InboxPrefix of it. Optional: to an inbox that anybody may have.
+	User string
 	// CAFile holds the PEM certificates by which the servers are known. Optional:
 	// the system's.
 	CAFile string
@@ -50,6 +56,9 @@ func (o ConnectOptions) Validate() error {
 	if (o.CertFile == "") != (o.KeyFile == "") {
 		errs = append(errs, errors.New("bus: CertFile, KeyFile: give both or neither"))
 	}
+	if o.CredsFile != "" && o.NKeyFile != "" {
+		errs = append(errs, errors.New("bus: CredsFile, NKeyFile: give one of them"))
+	}
 	return errors.Join(errs...)
 }
 
@@ -62,6 +71,16 @@ func Connect(o ConnectOptions) (*Bus, error) {
 	opts := []nats.Option{nats.Name(o.Name), nats.RetryOnFailedConnect(true)}
 	if o.CredsFile != "" {
 		opts = append(opts, nats.UserCredentials(o.CredsFile))
+	}
+	if o.NKeyFile != "" {
+		opt, err := nats.NkeyOptionFromSeed(o.NKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("bus: NKeyFile: %s: %w", o.NKeyFile, err)
+		}
+		opts = append(opts, opt)
+	}
+	if o.User != "" {
+		opts = append(opts, nats.CustomInboxPrefix(topic.InboxPrefix(o.User)))
 	}
 	if o.CAFile != "" {
 		opts = append(opts, nats.RootCAs(o.CAFile))

@@ -134,7 +134,7 @@ func NewSender(c SenderConfig) (*Sender, error) {
 		c.Timeout = 2 * time.Second
 	}
 	c.Logger = orDiscard(c.Logger)
-	s := &Sender{SenderConfig: c, inbox: nats.NewInbox(), lanes: map[string]*lane{}, waits: map[uint64]*entry{}}
+	s := &Sender{SenderConfig: c, inbox: c.Bus.NC.NewInbox(), lanes: map[string]*lane{}, waits: map[uint64]*entry{}}
 	var err error
 	if s.sub, err = c.Bus.NC.Subscribe(s.inbox+".>", s.answered); err != nil {
 		return nil, kind.Errorf(kindOf(err), "bus: sender: %w", err)
