@@ -99,21 +99,15 @@ func (p *Policy) line(f []string, keys map[string]bool, quorum *bool) error {
 	}
 	switch {
 	case f[0] == "log" && len(f) >= 2:
-		v, err := note.NewVerifier(f[1])
+		v, k, err := parseLogKey(f[1])
 		if err != nil {
 			return fmt.Errorf("log: key %.80q: %w", f[1], err)
 		}
-		_, rest, _ := strings.Cut(f[1], "+")
-		_, k64, _ := strings.Cut(rest, "+")
-		k, err := base64.StdEncoding.DecodeString(k64)
-		if err != nil || len(k) != 1+ed25519.PublicKeySize {
-			return fmt.Errorf("log: key %.80q: must be Ed25519", f[1])
-		}
-		if keys[string(k[1:])] {
+		if keys[string(k)] {
 			return fmt.Errorf("log: key of %s is used twice", v.Name())
 		}
-		keys[string(k[1:])] = true
-		p.logs = append(p.logs, logKey{v, k[1:]})
+		keys[string(k)] = true
+		p.logs = append(p.logs, logKey{v, k})
 		return url(2)
 	case f[0] == "witness" && len(f) >= 3:
 		c, err := ParseCosigner(f[2])
@@ -169,6 +163,21 @@ func (p *Policy) line(f []string, keys map[string]bool, quorum *bool) error {
 		return nil
 	}
 	return fmt.Errorf("%.60q: unknown keyword or too few fields", strings.Join(f, " "))
+}
+
+// parseLogKey decodes a log's verifier key.
+func parseLogKey(vkey string) (note.Verifier, ed25519.PublicKey, error) {
+	v, err := note.NewVerifier(vkey)
+	if err != nil {
+		return nil, nil, err
+	}
+	_, rest, _ := strings.Cut(vkey, "+")
+	_, k64, _ := strings.Cut(rest, "+")
+	k, err := base64.StdEncoding.DecodeString(k64)
+	if err != nil || len(k) != 1+ed25519.PublicKeySize {
+		return nil, nil, errors.New("must be Ed25519")
+	}
+	return v, k[1:], nil
 }
 
 // met reports whether the witnesses that signed suffice.
