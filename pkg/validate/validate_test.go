@@ -424,6 +424,8 @@ func TestRegistryRules(t *testing.T) {
 		{"action", RuleRegistry, identity.Change{District: "harbour", Action: "drop", Type: "software", ID: "x"}, `action: "drop", must be put or revoke`},
 		{"type", RuleRegistry, identity.Change{District: "harbour", Action: "put", ID: "x"}, "type: must not be empty"},
 		{"id", RuleRegistry, identity.Change{District: "harbour", Action: "put", Type: "software"}, "id: must not be empty"},
+		{"approvals", RuleRegistry, identity.Change{District: "harbour", Action: "put", Type: "software", ID: "x", Approvals: make([]identity.Approval, 17)}, "approvals: 17, at most 16"},
+		{"base", RuleRegistry, identity.Change{District: "harbour", Action: "put", Type: "software", ID: "x", Approvals: make([]identity.Approval, 1)}, "base: must be given where there are approvals"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := NewState(Edge())

@@ -4,6 +4,8 @@
 //	DIR/genesis.json   what all validators agree to begin from
 //	DIR/policy         C2SP tlog-policy: give this to whoever is to verify
 //	DIR/keys/NAME.key  private keys, one file each, 64 hex digits of the seed
+//	                   of officials, too, one of whom is the registrar: on a
+//	                   district's own machines each would keep theirs at home
 //	DIR/keys/log.key   the log's key in the form of sumdb/note
 //	DIR/keys/device-tokens.key  signs device tokens; made when first needed
 //	DIR/boot           how often devices were started; written before it is used
@@ -73,6 +75,25 @@ const (
 	RegistrarKey     = "registrar"
 	ImporterKey      = "importer" // brings in controllers' logs
 )
+
+// The officials besides the registrar, each of another department.
+const (
+	PoliceOfficial    = "official-police"
+	AmbulanceOfficial = "official-ambulance"
+)
+
+// Governance is what a new district begins with: one registrar files and retires
+// devices, planners of two departments junctions and policies, governors of two
+// departments everything else. There are three planners and governors, so that
+// any one may be away, or dismissed by the others.
+func Governance() identity.Governance {
+	two := func(role string) identity.Need { return identity.Need{Role: role, Officials: 2, Departments: 2} }
+	return identity.Governance{Version: 1, Rules: []identity.Rule{
+		{Type: identity.TypeDevice, Need: identity.Need{Role: identity.Registrar, Officials: 1, Departments: 1}},
+		{Type: identity.TypeJunction, Need: two(identity.Planner)},
+		{Type: identity.TypePolicy, Need: two(identity.Planner)},
+	}, Default: two(identity.Governor)}
+}
 
 // VoteKey and CosignKey name the keys of validator n.
 func VoteKey(n uint64) string   { return fmt.Sprintf("validator-%d-vote", n) }
@@ -165,12 +186,25 @@ func create(dir string, o Options) error {
 		fmt.Fprintf(&policy, "witness %s %s\n", departments[n-1], c)
 	}
 	fmt.Fprintf(&policy, "group validators %d %s\nquorum validators\n", ledger.Quorum(o.Validators), strings.Join(names, " "))
-	registrar, err := newKey(o.Rand, keys, RegistrarKey)
-	if err != nil {
-		return err
+	both := []string{identity.Planner, identity.Governor}
+	for _, official := range []struct {
+		id, department string
+		roles          []string
+	}{
+		{RegistrarKey, "traffic", append([]string{identity.Registrar}, both...)},
+		{PoliceOfficial, "police", both},
+		{AmbulanceOfficial, "ambulance", both},
+	} {
+		k, err := newKey(o.Rand, keys, official.id)
+		if err != nil {
+			return err
+		}
+		if err := entry(identity.TypeOfficial, official.id, identity.Official{
+			Key: public(k), Department: official.department, Roles: official.roles}); err != nil {
+			return err
+		}
 	}
-	if err := entry(identity.TypeOfficial, RegistrarKey, identity.Official{
-		Key: public(registrar), Department: "traffic", Roles: []string{identity.Registrar}}); err != nil {
+	if err := entry(identity.TypeGovernance, identity.GovernanceID, Governance()); err != nil {
 		return err
 	}
 	control, err := newKey(o.Rand, keys, SignalControlKey)

@@ -2,6 +2,7 @@ package district_test
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"os"
 	"path/filepath"
 	"strings"
@@ -153,5 +154,63 @@ func TestTokenKeyIsOne(t *testing.T) {
 	s, err := os.Stat(filepath.Join(dir, "keys", "device-tokens.key"))
 	if err != nil || s.Mode().Perm() != 0o600 {
 		t.Errorf("got %v, %v, want a file of mode 0600", s, err)
+	}
+}
+
+// A new district asks for two departments wherever one person's word would be too
+// little, and its folder has the keys to try it; one registrar still files
+// devices.
+func TestNewDistrictsAreGoverned(t *testing.T) {
+	d, err := district.Open(t.TempDir(), options())
+	if err != nil {
+		t.Fatal(err)
+	}
+	reg, err := identity.NewRegistry(&d.Genesis)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, filed := reg.Governance()
+	if !filed {
+		t.Fatal("no governance entry in genesis")
+	}
+	one := identity.Need{Role: identity.Registrar, Officials: 1, Departments: 1}
+	for _, typ := range []identity.EntryType{identity.TypeDevice, identity.TypeService, identity.TypeOfficial, identity.TypeValidator, identity.TypeJunction,
+		identity.TypePolicy, identity.TypeSoftware, identity.TypeAgency, identity.TypeSharing, identity.TypeGovernance} {
+		for _, action := range []string{identity.Put, identity.Revoke} {
+			n := g.Need(typ, action)
+			if typ == identity.TypeDevice {
+				if n.String() != one.String() {
+					t.Errorf("%s %s: got %v, want %v", action, typ, n, one)
+				}
+			} else if n.Officials != 2 || n.Departments != 2 {
+				t.Errorf("%s %s: got %v, want two departments", action, typ, n)
+			}
+		}
+	}
+	id := func(name string) identity.KeyID {
+		k, err := d.Key(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return identity.IDOf(k.Public().(ed25519.PublicKey))
+	}
+	c := identity.Change{District: "harbour", Action: identity.Put, Type: identity.TypePolicy, ID: "p", Nonce: 1,
+		Body: []byte(`{"version":"2","controller":"fixed","rules":"field"}`), Base: reg.Base(identity.TypePolicy, "p")}
+	for _, name := range []string{district.RegistrarKey, district.PoliceOfficial, district.AmbulanceOfficial} {
+		if err := reg.Clone().Apply(1, id(name), c); err == nil || !strings.HasPrefix(err.Error(), "approvals: put of a policy needs 2 officials of 2 departments with role planner, has 1 of ") {
+			t.Errorf("%s alone: got %v", name, err)
+		}
+	}
+	k, err := d.Key(district.AmbulanceOfficial)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := identity.Approve(k, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Approvals = []identity.Approval{a}
+	if err := reg.Apply(1, id(district.PoliceOfficial), c); err != nil {
+		t.Errorf("two departments: got %v", err)
 	}
 }

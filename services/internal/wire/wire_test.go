@@ -319,3 +319,29 @@ func TestEncodeQuarantinedTakesAnyReason(t *testing.T) {
 		t.Errorf("got %q, %v, want the reason with the bytes replaced", got.GetReason(), err)
 	}
 }
+
+// A change comes back from JSON and from protobuf as what its approvers signed.
+func TestChangeComesBackAsItWas(t *testing.T) {
+	want := identity.Change{District: "harbour", Action: identity.Put, Type: identity.TypePolicy, ID: "day", Body: []byte(`{"a":"<&>"}`), Nonce: 1 << 60,
+		Base: bytes.Repeat([]byte{7}, 32), Approvals: []identity.Approval{
+			{Key: "00112233445566778899aabbccddeeff", Signature: bytes.Repeat([]byte{1}, 64)}, {Key: "ff112233445566778899aabbccddeeff", Signature: bytes.Repeat([]byte{2}, 64)}}}
+	got, err := wire.DecodeChange(identity.Protobuf, wire.EncodeChange(want))
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("protobuf: got %+v, %v, want %+v", got, err, want)
+	}
+	payload, err := want.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err = wire.DecodeChange(identity.JSON, payload)
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("JSON: got %+v, %v, want %+v", got, err, want)
+	}
+	bad, err := proto.Marshal(&pb.RegistryChange{Approvals: []*pb.Approval{{KeyId: "x"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, err := wire.DecodeChange(identity.Protobuf, append(bad[:len(bad):len(bad)], 0x42, 3, 0x1a, 1, 0)); err == nil {
+		t.Errorf("got %+v for an approval with a field that nobody knows", c)
+	}
+}
