@@ -122,6 +122,11 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 	defer cancel(nil)
 	v.ctx, v.cancel = ctx, cancel
 
+	locked, err := lock(v.c.Dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, locked.Close()) }()
 	cd := smartCodec{}
 	if v.core, err = openCore(v.c, cd, &v.count); err != nil {
 		return err

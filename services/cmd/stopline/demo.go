@@ -60,6 +60,8 @@ received (agreed), and until a checkpoint that covers it was sealed (sealed).`,
 		fs.Int64Var(&o.seed, "seed", 1, "random seed `N` of the traffic")
 		fs.StringVar(&o.nats.url, "nats", "", "use the NATS cluster at `URL` (several with commas) instead of an embedded server;\nits streams must sync always, or a receipt would promise too much")
 		fs.StringVar(&o.nats.creds, "nats-creds", "", "`FILE` with the NATS user's JWT and seed")
+		fs.StringVar(&o.nats.users, "nats-users", "", "folder `DIR` with NAME.nk, an nkey seed, for each service's NATS user\n(see stopline consensus)")
+		fs.BoolVar(&o.external, "external-validators", false, "run no validators: they are processes of their own (see stopline consensus)")
 		fs.StringVar(&o.nats.ca, "nats-ca", "", "`FILE` with the PEM certificates by which the cluster is known")
 		fs.IntVar(&o.nats.replicas, "nats-replicas", 1, "copies `N` of each stream in the cluster, 1 to 5")
 		fs.IntVar(&o.store.MaxFrames, "store-frames", 0, "while the network is away, keep at most `N` frames a junction;\n0: 65536, nine hours of a busy one")
@@ -85,7 +87,7 @@ type demoOptions struct {
 	sumo, data, listen, controller, sensing string
 	length                                  time.Duration
 	seed                                    int64
-	json, verbose, listenGiven              bool
+	json, verbose, listenGiven, external    bool
 	nats                                    natsOptions
 	grpc                                    grpcOptions
 	mqtt                                    mqttOptions
@@ -151,6 +153,13 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	if o.grpc.listen == "" && o.grpc != (grpcOptions{}) {
 		return usageError("demo: --grpc-cert, --grpc-key, --grpc-client-ca: must not be given without --grpc")
 	}
+	if o.nats.url == "" && (o.external || o.nats.users != "") {
+		name := "--external-validators"
+		if !o.external {
+			name = "--nats-users"
+		}
+		return usageError("demo: %s: needs --nats", name)
+	}
 	if err := o.mqtt.check(o.nats); err != nil {
 		return err
 	}
@@ -194,7 +203,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	policy := identity.Policy{Version: "1", Controller: ctrl.Name + " " + ctrl.Version, Rules: rules.Name}
 	l, err := newLocal(ctx, localOptions{
-		dir: dir, log: log, nats: o.nats, grpc: o.grpc, mqtt: o.mqtt,
+		dir: dir, log: log, nats: o.nats, grpc: o.grpc, mqtt: o.mqtt, external: o.external,
 		open: district.Options{ID: districtName(config), Junctions: defs, Created: time.Now(), PolicyName: "default", Policy: policy},
 		core: signalcontrol.CoreConfig{District: districtName(config), Policy: "default", PolicyVersion: policy.Version, Controller: ctrl, Rules: rules},
 	})

@@ -88,6 +88,8 @@ type localOptions struct {
 	nats natsOptions
 	grpc grpcOptions
 	mqtt mqttOptions
+	// external says that the validators run elsewhere.
+	external bool
 }
 
 // grpcOptions say where gateways come by gRPC, if at all, and with which TLS.
@@ -96,7 +98,9 @@ type grpcOptions struct{ listen, cert, key, clientCA string }
 // natsOptions say where NATS is: an embedded server, or a cluster by URL.
 type natsOptions struct {
 	url, creds, ca string
-	replicas       int
+	// users is a folder with the seed of each service's NATS user.
+	users    string
+	replicas int
 }
 
 // newLocal opens or makes the district in a folder and builds its services;
@@ -187,7 +191,10 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 		return nil, err
 	}
 	for _, v := range validators {
-		b, err := l.connect(fmt.Sprintf("validator-%d", v.Number))
+		if o.external {
+			break
+		}
+		b, err := l.connect(topic.ValidatorUser(v.Number))
 		if err != nil {
 			return nil, err
 		}
@@ -255,7 +262,11 @@ func (l *local) connect(name string) (*bus.Bus, error) {
 	if l.server != nil {
 		b, err = l.server.Connect(name)
 	} else {
-		b, err = bus.Connect(bus.ConnectOptions{URL: l.nats.url, CredsFile: l.nats.creds, CAFile: l.nats.ca, Name: "stopline " + name, Logger: l.log})
+		c := bus.ConnectOptions{URL: l.nats.url, CredsFile: l.nats.creds, CAFile: l.nats.ca, Name: "stopline " + name, Logger: l.log}
+		if l.nats.users != "" {
+			c.User, c.NKeyFile = name, filepath.Join(l.nats.users, name+".nk")
+		}
+		b, err = bus.Connect(c)
 	}
 	if err != nil {
 		return nil, err

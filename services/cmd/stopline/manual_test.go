@@ -12,15 +12,16 @@ import (
 // every option explained, and lines that fit a terminal.
 func TestManualPages(t *testing.T) {
 	defaults := map[string][]string{
-		"demo":     {"--controller NAME", "Default: actuated", "--data DIR", "--for DURATION", "--grpc ADDR", "--grpc-cert FILE", "--json", "--listen ADDR", "Default: 127.0.0.1:8080", "--seed N", "Default: 1", "--sumo FILE", "--mqtt ADDR", "--mqtt-ws ADDR"},
-		"simulate": {"--config FILE", "--controller NAME", "Default: maxpressure", "--rules NAME", "Default: free", "--sensing NAME", "Default: detectors", "--seed N", "Default: 1", "--tripinfo FILE", "--pipeline", "--json"},
-		"verify":   {"--policy FILE", "--json", "EXIT STATUS", "3  consistent in itself"},
-		"fsck":     {"--policy FILE", "--json", "EXIT STATUS"},
-		"enrol":    {"--data DIR", "--device ID", "--junction ID", "--key FILE", "--public-key FILE", "--revoke", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
-		"replay":   {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},
-		"measures": {"--measure NAMES", "Default: all", "--config FILE", "--bin LENGTH", "Default: 15m0s", "--format FORM", "Default: csv", "--out DIR", "--red-occupancy SHARE", "Default: 0.8", "EXIT STATUS"},
-		"token":    {"--data DIR", "--device ID", "--for DURATION", "Default: 24h0m0s", "--json"},
-		"version":  {},
+		"demo":      {"--controller NAME", "Default: actuated", "--data DIR", "--for DURATION", "--grpc ADDR", "--grpc-cert FILE", "--json", "--listen ADDR", "Default: 127.0.0.1:8080", "--seed N", "Default: 1", "--sumo FILE", "--mqtt ADDR", "--mqtt-ws ADDR"},
+		"consensus": {"--config FILE", "--check", "--write-config DIR", "--data DIR", "--nats URL", "/healthz"},
+		"simulate":  {"--config FILE", "--controller NAME", "Default: maxpressure", "--rules NAME", "Default: free", "--sensing NAME", "Default: detectors", "--seed N", "Default: 1", "--tripinfo FILE", "--pipeline", "--json"},
+		"verify":    {"--policy FILE", "--json", "EXIT STATUS", "3  consistent in itself"},
+		"fsck":      {"--policy FILE", "--json", "EXIT STATUS"},
+		"enrol":     {"--data DIR", "--device ID", "--junction ID", "--key FILE", "--public-key FILE", "--revoke", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
+		"replay":    {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},
+		"measures":  {"--measure NAMES", "Default: all", "--config FILE", "--bin LENGTH", "Default: 15m0s", "--format FORM", "Default: csv", "--out DIR", "--red-occupancy SHARE", "Default: 0.8", "EXIT STATUS"},
+		"token":     {"--data DIR", "--device ID", "--for DURATION", "Default: 24h0m0s", "--json"},
+		"version":   {},
 	}
 	option := regexp.MustCompile(`(?m)^    --[a-z-]+( [A-Z]+)?\n        \S`)
 	anyOption := regexp.MustCompile(`(?m)^    --`)
@@ -88,6 +89,11 @@ func TestWrongUsage(t *testing.T) {
 		{[]string{"verify", "--policy"}, "flag needs an argument"},
 		{[]string{"fsck", "a", "b"}, "got 2 arguments"},
 		{[]string{"measures"}, "a log is needed"},
+		{[]string{"consensus"}, "either --config or --write-config"},
+		{[]string{"consensus", "--config", "x", "--nats", "y"}, "only with --write-config"},
+		{[]string{"consensus", "--write-config", "x", "--nats", "y"}, "needs --data and --nats"},
+		{[]string{"demo", "--external-validators"}, "--external-validators: needs --nats"},
+		{[]string{"demo", "--nats-users", "x"}, "--nats-users: needs --nats"},
 		{[]string{"enrol"}, "--data and --device are needed"},
 	} {
 		r := inside(t, c.args...)
