@@ -444,7 +444,8 @@ func TestGRPCClientThatNeverReads(t *testing.T) {
 func TestGRPCEndsAStreamThatIsNotRead(t *testing.T) {
 	t.Parallel()
 	b := servicetest.District(t, district)
-	g := door(t, running(t, b, nil), func(c *GRPCConfig) { c.ReadWait = 50 * time.Millisecond })
+	s := running(t, b, nil)
+	g := door(t, s, func(c *GRPCConfig) { c.ReadWait = 50 * time.Millisecond })
 	st := submit(t, within(t), lazyClient(t, g))
 	sent := make(chan struct{})
 	go func() {
@@ -452,6 +453,7 @@ func TestGRPCEndsAStreamThatIsNotRead(t *testing.T) {
 		for i := 0; st.Send(&pb.SubmitRequest{Id: uint64(i)}) == nil; i++ { // refused, each with its receipt
 		}
 	}()
+	until(t, "call begun", func() bool { return s.Counts().Doors[DoorGRPC].Received > 0 })
 	until(t, "call ended", func() bool { return g.Counts().Calls == 0 })
 	for {
 		if _, err := st.Recv(); err != nil {

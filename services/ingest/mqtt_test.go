@@ -438,13 +438,13 @@ func TestDeviceThatNeverReads(t *testing.T) {
 	// Refused receipts quote what was sent: the longest there are.
 	junk := []byte(`{"` + base64.StdEncoding.EncodeToString(make([]byte, 300)) + `":1}`)
 	ended := make(chan int, 1)
-	flood := time.Now().Add(2 * time.Second)
-	pace := time.NewTicker(5 * time.Millisecond)
+	flood := time.Now().Add(time.Second)
+	pace := time.NewTicker(600 * time.Microsecond) // each is answered: laneRate allows more
 	defer pace.Stop()
 	go func() {
 		for i := 0; ; i++ {
 			_, err := deaf.Publish(topic.MQTT(topic.DeviceUp(district, "deaf")), 1, junk)
-			if time.Now().After(flood) { // enough to be heard, not so much as to slow down other tests
+			if time.Now().After(flood) {
 				<-pace.C
 				err = errors.Join(err, deaf.Flush())
 			}
