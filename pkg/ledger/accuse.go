@@ -204,6 +204,7 @@ func ParseAccusation(b []byte) (*Accusation, error) {
 //	"stopline validator message v1\n" ‖ genesis hash ‖ head
 type Message struct {
 	From   uint64
+	Config uint64 // the members that it is for
 	View   uint64
 	Height Height
 	Phase  uint8
@@ -229,7 +230,7 @@ func ParseMessage(b []byte) (Message, error) {
 	}
 	p := b[2+3*8+16+3*8:]
 	m := Message{
-		From: binary.BigEndian.Uint64(b[2:]), View: binary.BigEndian.Uint64(p), Height: Height(binary.BigEndian.Uint64(p[8:])),
+		From: binary.BigEndian.Uint64(b[2:]), Config: binary.BigEndian.Uint64(b[2+16:]), View: binary.BigEndian.Uint64(p), Height: Height(binary.BigEndian.Uint64(p[8:])),
 		Phase: p[16], Digest: Hash(p[17:]),
 	}
 	if int(m.Phase) >= len(phases) {
@@ -248,7 +249,8 @@ func CheckMessage(b []byte, key identity.PublicKey, genesis Hash) bool {
 }
 
 // CheckVotesDiffer verifies that two heads, each signed with the key, vote
-// differently in one slot: at one view, height and phase. Votes of different
+// differently in one slot: among one set of members, at one view, height and
+// phase. Votes of different
 // views never are evidence: after a change of leader an honest validator may
 // well vote for another proposal at the height.
 func CheckVotesDiffer(validator uint64, key identity.PublicKey, genesis Hash, first, second []byte) error {
@@ -262,7 +264,7 @@ func CheckVotesDiffer(validator uint64, key identity.PublicKey, genesis Hash, fi
 			return fmt.Errorf("votes[%d]: is not signed by validator %d", i, validator)
 		}
 	}
-	if m[0].Phase == 0 || m[0].View != m[1].View || m[0].Height != m[1].Height || m[0].Phase != m[1].Phase {
+	if m[0].Phase == 0 || m[0].Config != m[1].Config || m[0].View != m[1].View || m[0].Height != m[1].Height || m[0].Phase != m[1].Phase {
 		return errors.New("votes: are not in one slot")
 	}
 	if m[0].Digest == m[1].Digest {

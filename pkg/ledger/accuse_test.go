@@ -19,9 +19,9 @@ import (
 // said is the head of a message between validators, as doc of ledger.Message has
 // it.
 type said struct {
-	from, to, seq, view, height uint64
-	phase                       byte
-	digest                      ledger.Hash
+	from, to, config, seq, view, height uint64
+	phase                               byte
+	digest                              ledger.Hash
 }
 
 func (s said) sign(key ed25519.PrivateKey, genesis ledger.Hash) []byte {
@@ -31,7 +31,7 @@ func (s said) sign(key ed25519.PrivateKey, genesis ledger.Hash) []byte {
 			b = binary.BigEndian.AppendUint64(b, v)
 		}
 	}
-	u(s.from, s.to, 0)
+	u(s.from, s.to, s.config)
 	b = append(b, make([]byte, 16)...)
 	u(3, s.seq, s.height-1, s.view, s.height)
 	b = append(b, s.phase)
@@ -224,6 +224,7 @@ func TestAccusationsThatDoNotHold(t *testing.T) {
 	}{
 		{"votes of two views", "not in one slot", against(func(s *said) { s.view = 2 })},
 		{"votes at two heights", "not in one slot", against(func(s *said) { s.height = 6 })},
+		{"votes among other members", "not in one slot", against(func(s *said) { s.config = 3 })},
 		{"votes of two phases", "not in one slot", against(func(s *said) { s.phase = 3 })},
 		{"no votes at all", "not in one slot", ledger.NewVoteAccusation(c.GenesisHash, c.vote(2, said{height: 1}), c.vote(2, said{height: 1, digest: ledger.Hash{1}}))},
 		{"one vote, sent twice", "for the same proposal", against(func(s *said) { s.digest = first.digest })},

@@ -32,11 +32,14 @@ const (
 	poolBytes    = 4 << 20
 )
 
+// perProposal is more than headers, votes, signatures and framing take of a
+// proposal in a message.
+const perProposal = 8 << 10
+
 // maxPayload bounds a proposal's payload so that the largest message between n
 // validators fits topic.MaxPayload: a new view, in which a quorum of validators
 // each repeat their last decision and the proposal in hand.
 func maxPayload(n int) int {
-	const perProposal = 8 << 10 // headers, votes, signatures, framing
 	return min(2<<20, topic.MaxPayload/(2*ledger.Quorum(n))-perProposal)
 }
 

@@ -54,6 +54,9 @@ type core struct {
 		proposal proposal
 	}
 
+	// lagging counts the proposals in a row that were behind the clock.
+	lagging int
+
 	// decided is called with each new block, in order, with mu held; it must not
 	// block.
 	decided func(b *pb.Block, o *outcome)
@@ -322,6 +325,15 @@ func refuse(reason, format string, args ...any) error {
 	return &refusal{reason, fmt.Errorf(format, args...)}
 }
 
+// A leader must not make time stand still: records are judged by block time, and
+// those of the present would be refused as coming from the future. One proposal
+// may be late, having been on its way, or made before everybody restarted; so
+// many in a row are not, however much there is to do.
+const (
+	mostBehind  = 1500 * time.Millisecond
+	laggingMost = 4
+)
+
 // verify checks a proposal by everything that a vote for it says, from its own
 // bytes and the state after its parent.
 func (k *core) verify(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) {
@@ -360,6 +372,10 @@ func (k *core) check(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) 
 	}
 	if now := k.now(); h.Time.After(now.Add(ledger.MaxAhead)) {
 		return nil, refuse(refusedTime, "time: %v is more than %v ahead of the clock, %v", h.Time, ledger.MaxAhead, now.UTC())
+	} else if behind := now.Sub(h.Time); behind <= mostBehind {
+		k.lagging = 0
+	} else if k.lagging++; k.lagging > laggingMost {
+		return nil, refuse(refusedTime, "time: %v is %v behind the clock, as in the %d proposals before", h.Time, behind, laggingMost)
 	}
 	o, err := k.execute(h, p)
 	if err != nil {

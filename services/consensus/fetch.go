@@ -80,7 +80,7 @@ func (v *Validator) fetchOnce(ctx context.Context) bool {
 	answers := make(chan answer, len(v.core.validators))
 	asked := 0
 	for _, val := range v.core.validators {
-		if val.Number == v.c.Number {
+		if val.Number == v.c.Number || v.cut != nil && v.cut(val.Number) {
 			continue
 		}
 		asked++

@@ -43,6 +43,7 @@ const (
 	kindEngine parcelKind = 1 + iota // the engine's own
 	kindMeet
 	kindMet
+	kindTold // heads of others' votes, which do not agree
 )
 
 const (
@@ -117,7 +118,7 @@ func parseHead(b []byte) (*parcel, error) {
 	p.Vote.View, p.Vote.Height = u(), ledger.Height(u())
 	p.Vote.Phase = phase(b[0])
 	p.Vote.Digest = ledger.Hash(b[1:])
-	if p.Kind < kindEngine || p.Kind > kindMet {
+	if p.Kind < kindEngine || p.Kind > kindTold {
 		return nil, fmt.Errorf("kind %d is unknown", p.Kind)
 	}
 	if p.Vote.Phase > phaseCommit {
@@ -129,39 +130,4 @@ func parseHead(b []byte) (*parcel, error) {
 // signed reports whether the bytes of a parcel carry the key's signature.
 func signed(b []byte, key identity.PublicKey, genesis ledger.Hash) bool {
 	return identity.VerifyBytes([]byte(key), parcelInput(genesis, b[:headSize]), b[headSize:parcelMin])
-}
-
-// Evidence is two messages of one validator that vote differently in one slot:
-// each is a head and its signature. Nobody but the holder of the key can make
-// them, and an honest one never does.
-type Evidence struct {
-	Validator uint64
-	First     []byte
-	Second    []byte
-}
-
-// Check verifies the evidence against the validator's vote key and the hash of
-// the district's genesis document.
-func (e Evidence) Check(key identity.PublicKey, genesis ledger.Hash) error {
-	var votes [2]vote
-	for i, b := range [][]byte{e.First, e.Second} {
-		if len(b) != parcelMin {
-			return fmt.Errorf("evidence: message %d: %d bytes, must be %d", i, len(b), parcelMin)
-		}
-		p, err := parseHead(b[:headSize])
-		if err != nil {
-			return fmt.Errorf("evidence: message %d: %w", i, err)
-		}
-		if p.From != e.Validator || !signed(b, key, genesis) {
-			return fmt.Errorf("evidence: message %d: is not signed by validator %d", i, e.Validator)
-		}
-		votes[i] = p.Vote
-	}
-	if votes[0].Phase == phaseNone || votes[0].slot != votes[1].slot {
-		return errors.New("evidence: the votes are not in one slot")
-	}
-	if votes[0].Digest == votes[1].Digest {
-		return errors.New("evidence: the votes are for the same proposal")
-	}
-	return nil
 }

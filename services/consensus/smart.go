@@ -1,6 +1,7 @@
 package consensus
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -331,14 +332,17 @@ const hold = 400 * time.Millisecond
 func (s *smart) admit(from uint64, m *protos.Message) bool {
 	switch {
 	case m.GetPrePrepare() != nil:
-		return m.GetPrePrepare().View >= s.views.real.Load()
+		// Votes for the block before come with a proposal only where leaders take
+		// turns; each would be checked.
+		return m.GetPrePrepare().View >= s.views.real.Load() && len(m.GetPrePrepare().PrevCommitSignatures) == 0
 	case m.GetPrepare() != nil:
 		return m.GetPrepare().View >= s.views.real.Load()
 	case m.GetCommit() != nil:
 		return m.GetCommit().View >= s.views.real.Load()
 	case m.GetViewData() != nil:
-		vd := &protos.ViewData{}
-		if proto.Unmarshal(m.GetViewData().RawViewData, vd) != nil {
+		vd, err := s.checkViewData(from, m.GetViewData())
+		if err != nil {
+			s.log.Warn("view data refused", "from", from, "err", err)
 			return false
 		}
 		return s.changing(vd.NextView) && s.first(s.seenViewData, from, vd.NextView)
@@ -370,6 +374,31 @@ func (s *smart) first(seen map[uint64]uint64, from, view uint64) bool {
 	}
 	seen[from] = view
 	return true
+}
+
+// checkViewData verifies what a validator says of its state. v1.0.1 puts it into
+// the new view without looking at its size, and before the first decision
+// without looking at its signature: one liar's would make all of it useless.
+func (s *smart) checkViewData(from uint64, svd *protos.SignedViewData) (*protos.ViewData, error) {
+	vd := &protos.ViewData{}
+	most := 2 * (int(s.config.RequestBatchMaxBytes) + perProposal)
+	switch {
+	case svd.Signer != from:
+		return nil, fmt.Errorf("signer: %d", svd.Signer)
+	case len(svd.RawViewData) > most:
+		return nil, fmt.Errorf("%d bytes, at most %d", len(svd.RawViewData), most)
+	case len(svd.Signature) > 64:
+		return nil, fmt.Errorf("signature: %d bytes", len(svd.Signature))
+	case s.host.checkView(svd.Signer, svd.RawViewData, svd.Signature) != nil:
+		return nil, errors.New("signature is not valid")
+	}
+	if err := proto.Unmarshal(svd.RawViewData, vd); err != nil {
+		return nil, err
+	}
+	if vd.LastDecision == nil {
+		return nil, errors.New("no last decision")
+	}
+	return vd, nil
 }
 
 // checkNewView verifies every part of a new view, which the engine does not:
@@ -519,6 +548,9 @@ func (s *smart) VerifyProposal(p types.Proposal) ([]types.RequestInfo, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkMetadata(p.Metadata); err != nil {
+		return nil, err
+	}
 	d, err := digest(p.Digest())
 	if err != nil {
 		return nil, err
@@ -526,6 +558,24 @@ func (s *smart) VerifyProposal(p types.Proposal) ([]types.RequestInfo, error) {
 	at.Phase = phasePrepare
 	ids, err := s.host.verify(at, d, ours(p))
 	return infos(ids), err
+}
+
+// checkMetadata refuses metadata that hold more than they must: they are bounded
+// by nothing else, and what a view change repeats must fit a message.
+func checkMetadata(b []byte) error {
+	md := &protos.ViewMetadata{}
+	if err := proto.Unmarshal(b, md); err != nil {
+		return fmt.Errorf("proposal: metadata: %w", err)
+	}
+	plain, err := proto.MarshalOptions{Deterministic: true}.Marshal(&protos.ViewMetadata{
+		ViewId: md.ViewId, LatestSequence: md.LatestSequence, DecisionsInView: md.DecisionsInView})
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(plain, b) {
+		return errors.New("proposal: metadata: hold more than view, sequence and decisions")
+	}
+	return nil
 }
 
 func infos(ids []ledger.Hash) []types.RequestInfo {

@@ -1,11 +1,13 @@
 package consensus
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -22,7 +24,12 @@ import (
 const (
 	queueMessages = 1024
 	queueBytes    = 64 << 20
-	evidenceMost  = 64
+	// arrivalsMost bounds what is taken from one peer in arrivalsPer, many times
+	// what an honest one sends: checking signatures of a flood costs time.
+	arrivalsMost = 500
+	arrivalsPer  = 100 * time.Millisecond
+	// startEvery bounds how often a peer may say that it has started again.
+	startEvery = 50 * time.Millisecond
 )
 
 // transport carries messages between validators: signed, counted, and until a
@@ -41,8 +48,10 @@ type transport struct {
 	height   func() ledger.Height
 	// receive takes what was authenticated, one call at a time for each peer.
 	receive func(from uint64, p *parcel, m message)
-	// accuse keeps evidence; it must be durable on return.
-	accuse func(Evidence) error
+	witness *witness
+	// tap, where set, is given every parcel before it is signed, and sends it, or
+	// others, once, twice, late or not at all: so tests make liars and networks.
+	tap func(pc parcel, send func(parcel))
 
 	peers map[uint64]*peer
 
@@ -85,7 +94,10 @@ type peer struct {
 	heard   start
 	proof   []byte // head and signature of a parcel of that start
 	maxVote ledger.Height
-	said    map[slot]said
+	started time.Time // when heard was last set
+	// owned by the subscription's goroutine
+	arrivals int
+	since    time.Time
 }
 
 type outgoing struct {
@@ -93,12 +105,6 @@ type outgoing struct {
 	m     message
 	tries int
 	due   time.Time
-}
-
-// said is a vote of a peer with the bytes that prove it.
-type said struct {
-	digest ledger.Hash
-	proof  []byte
 }
 
 // prepare makes the queues; the fields above peers must be set.
@@ -109,7 +115,7 @@ func (t *transport) prepare(validators []identity.Validator) {
 			continue
 		}
 		p := &peer{number: v.Number, key: v.VoteKey, in: make(chan []byte, queueMessages), wake: make(chan struct{}, 1),
-			resends: map[phase]*outgoing{}, said: map[slot]said{}}
+			resends: map[phase]*outgoing{}}
 		p.heard, p.proof, _ = t.journal.peer(v.Number)
 		t.peers[v.Number] = p
 	}
@@ -146,6 +152,13 @@ func (t *transport) arrived(m *nats.Msg) {
 	from, ok := t.senderOf(m.Subject)
 	if !ok || len(m.Data) < parcelMin || len(m.Data) > topic.MaxPayload {
 		t.count.invalid.Add(1)
+		return
+	}
+	if now := time.Now(); now.Sub(from.since) > arrivalsPer {
+		from.since, from.arrivals = now, 0
+	}
+	if from.arrivals++; from.arrivals > arrivalsMost {
+		t.count.dropped.Add(1)
 		return
 	}
 	if from.inSize.Add(int64(len(m.Data))) > queueBytes {
@@ -205,6 +218,10 @@ func (t *transport) open(p *peer, b []byte) {
 	}
 	t.count.received.Add(1)
 	t.note(p, pc, b)
+	if pc.Kind == kindTold {
+		t.told(pc.Body)
+		return
+	}
 	p.mu.Lock()
 	p.decided = max(p.decided, pc.Decided)
 	if v := pc.Vote.slot; v.Phase != phaseNone && later(v, p.voted) {
@@ -236,6 +253,13 @@ func (t *transport) fresh(p *peer, pc *parcel, head []byte) bool {
 			return false
 		}
 	case pc.Start.Counter > p.heard.Counter:
+		// Each is made durable. Nobody starts so often but to keep our disk busy.
+		if now := time.Now(); now.Sub(p.started) < startEvery {
+			t.count.dropped.Add(1)
+			return false
+		} else {
+			p.started = now
+		}
 		proof := append([]byte(nil), head...)
 		if err := t.journal.sawPeer(p.number, pc.Start, proof); err != nil {
 			t.log.Error("peer's start not noted", "peer", p.number, "err", err)
@@ -250,37 +274,37 @@ func (t *transport) fresh(p *peer, pc *parcel, head []byte) bool {
 	return true
 }
 
-// note remembers the votes of a peer at the heights in hand, and keeps two that
-// contradict each other as evidence before the engine sees the second.
+// note remembers a peer's vote, before the engine sees it, and passes on what
+// shows that somebody lies.
 func (t *transport) note(p *peer, pc *parcel, b []byte) {
-	v := pc.Vote
-	if v.Phase == phaseNone {
+	if pc.Vote.Phase == phaseNone {
 		return
 	}
-	p.maxVote = max(p.maxVote, v.Height)
-	if have, ok := p.said[v.slot]; ok {
-		if have.digest != v.Digest {
-			t.count.equivocations.Add(1)
-			t.log.Error("two votes of one validator in one slot", "peer", p.number, "slot", v.slot.String())
-			if err := t.accuse(Evidence{Validator: p.number, First: have.proof, Second: append([]byte(nil), b[:parcelMin]...)}); err != nil {
-				t.log.Error("evidence not kept", "err", err)
-			}
-		}
-		return
-	}
-	const most = 256 // slots; a peer that fills them with far heights only loses its own
-	if len(p.said) >= most {
-		floor := t.height()
-		for s := range p.said {
-			if s.Height < floor || s.Height > floor+2 {
-				delete(p.said, s)
-			}
-		}
-		if len(p.said) >= most {
-			clear(p.said)
+	p.maxVote = max(p.maxVote, pc.Vote.Height)
+	t.tell(t.witness.note(pc, b[:parcelMin], false))
+}
+
+// tell passes votes on to all.
+func (t *transport) tell(votes [][]byte) {
+	for part := range slices.Chunk(votes, toldMost) {
+		o := &outgoing{kind: kindTold, m: message{body: bytes.Join(part, nil)}}
+		for _, q := range t.peers {
+			t.queue(q, o)
 		}
 	}
-	p.said[v.slot] = said{v.Digest, append([]byte(nil), b[:parcelMin]...)}
+}
+
+// told takes what a peer passed on.
+func (t *transport) told(body []byte) {
+	keys := map[uint64]identity.PublicKey{}
+	for n, p := range t.peers {
+		keys[n] = p.key
+	}
+	tell, ok := t.witness.hear(keys, body)
+	if !ok {
+		t.count.invalid.Add(1)
+	}
+	t.tell(tell)
 }
 
 // send queues an engine's message. A vote is made durable first, and dropped if
@@ -357,17 +381,29 @@ func (t *transport) sendLoop(ctx context.Context, p *peer) {
 			o := p.out[0]
 			p.out = p.out[1:]
 			p.outSize -= len(o.m.body)
-			p.seq++
-			seq := p.seq
 			p.mu.Unlock()
-			pc := parcel{Kind: o.kind, From: t.self, To: p.number, Start: t.current(), Seq: seq, Decided: t.height(), Vote: o.m.vote, Body: o.m.body}
-			if err := t.nc.Publish(topic.BFT(t.district, p.number, t.self), pc.seal(t.key, t.genesis)); err != nil {
-				t.count.dropped.Add(1)
+			pc := parcel{Kind: o.kind, From: t.self, To: p.number, Start: t.current(), Decided: t.height(), Vote: o.m.vote, Body: o.m.body}
+			if t.tap != nil {
+				t.tap(pc, t.publish)
 				continue
 			}
-			t.count.sent.Add(1)
+			t.publish(pc)
 		}
 	}
+}
+
+// publish numbers a parcel, signs it and lets it go.
+func (t *transport) publish(pc parcel) {
+	p := t.peers[pc.To]
+	p.mu.Lock()
+	p.seq++
+	pc.Seq = p.seq
+	p.mu.Unlock()
+	if err := t.nc.Publish(topic.BFT(t.district, p.number, t.self), pc.seal(t.key, t.genesis)); err != nil {
+		t.count.dropped.Add(1)
+		return
+	}
+	t.count.sent.Add(1)
 }
 
 // again queues the votes that the peer has not moved on from.

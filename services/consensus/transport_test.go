@@ -99,33 +99,34 @@ func FuzzParcel(f *testing.F) {
 	})
 }
 
-func TestEvidence(t *testing.T) {
-	g := ledger.Hash{5}
-	head := func(from uint64, f func(*parcel)) []byte {
-		p := testParcel(from, 2)
+// What validators sign is what anybody can judge by package ledger.
+func TestParcelsAreJudged(t *testing.T) {
+	genesis := genesis(t, 4, 1)
+	g := ledger.Hash(sha256.Sum256(genesis))
+	head := func(f func(*parcel)) []byte {
+		p := testParcel(1, 2)
 		f(p)
-		return p.seal(voteKey(from), g)[:parcelMin]
+		return p.seal(voteKey(1), g)[:parcelMin]
 	}
-	a := head(1, func(*parcel) {})
-	b := head(1, func(p *parcel) { p.Vote.Digest = ledger.Hash{8}; p.To = 3; p.Seq = 1 })
-	if err := (Evidence{1, a, b}).Check(pub(voteKey(1)), g); err != nil {
-		t.Errorf("two votes in one slot: got %v, want it accepted", err)
+	a := head(func(*parcel) {})
+	m, err := ledger.ParseMessage(a)
+	if p := testParcel(1, 2); err != nil || m.From != 1 || m.View != p.Vote.View || m.Height != p.Vote.Height || m.Phase != uint8(p.Vote.Phase) || m.Digest != p.Vote.Digest {
+		t.Errorf("read as %+v, %v; want what the parcel says", m, err)
+	}
+	if parcelMin != ledger.MessageSize {
+		t.Errorf("a head with its signature has %d bytes, package ledger reads %d", parcelMin, ledger.MessageSize)
 	}
 	for name, tc := range map[string]struct {
-		e    Evidence
-		want string
+		second []byte
+		want   string
 	}{
-		"the same vote twice":    {Evidence{1, a, head(1, func(p *parcel) { p.Seq = 99 })}, "for the same proposal"},
-		"another view":           {Evidence{1, a, head(1, func(p *parcel) { p.Vote.View = 2; p.Vote.Digest = ledger.Hash{8} })}, "not in one slot"},
-		"another height":         {Evidence{1, a, head(1, func(p *parcel) { p.Vote.Height = 4; p.Vote.Digest = ledger.Hash{8} })}, "not in one slot"},
-		"another phase":          {Evidence{1, a, head(1, func(p *parcel) { p.Vote.Phase = phasePrepare; p.Vote.Digest = ledger.Hash{8} })}, "not in one slot"},
-		"another's":              {Evidence{1, a, head(2, func(p *parcel) { p.Vote.Digest = ledger.Hash{8} })}, "not signed by validator 1"},
-		"blamed on another":      {Evidence{2, a, b}, "not signed by validator 2"},
-		"cut":                    {Evidence{1, a, b[:10]}, "must be"},
-		"changed after the fact": {Evidence{1, a, append(append([]byte(nil), b[:headSize-33]...), append([]byte{77}, b[headSize-32:]...)...)}, "not signed by validator 1"},
+		"another vote":           {head(func(p *parcel) { p.Vote.Digest = ledger.Hash{8}; p.To = 3; p.Seq = 1 }), ""},
+		"the same vote":          {head(func(p *parcel) { p.Seq = 99 }), "for the same proposal"},
+		"a vote of another view": {head(func(p *parcel) { p.Vote.View = 2; p.Vote.Digest = ledger.Hash{8} }), "not in one slot"},
 	} {
-		if err := tc.e.Check(pub(voteKey(1)), g); err == nil || !strings.Contains(err.Error(), tc.want) {
-			t.Errorf("%s: got %v, want %q", name, err, tc.want)
+		j, err := ledger.NewVoteAccusation(g, a, tc.second).Judge(ledger.Trust{Genesis: genesis})
+		if tc.want == "" && (err != nil || len(j.Guilty) != 1) || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
+			t.Errorf("%s: got %+v, %v; want %q", name, j, err, tc.want)
 		}
 	}
 }
@@ -254,11 +255,11 @@ func TestEquivocationIsProven(t *testing.T) {
 	c.stop(1)
 	c.start(1)
 	ev := c.nodes[0].v.Evidence()
-	if len(ev) != 1 || ev[0].Validator != 4 {
-		t.Fatalf("evidence: got %+v, want one against validator 4", ev)
+	if len(ev) != 1 {
+		t.Fatalf("evidence: got %d accusations, want one", len(ev))
 	}
-	if err := ev[0].Check(pub(voteKey(4)), g); err != nil {
-		t.Errorf("the evidence does not hold: %v", err)
+	if j, err := ev[0].Judge(ledger.Trust{Genesis: c.genesis}); err != nil || len(j.Guilty) != 1 || j.Guilty[0].Name != "validator 4" {
+		t.Errorf("the evidence comes to %+v, %v; want validator 4 guilty", j, err)
 	}
 	b = batch(u.frame(time.Now()))
 	c.submit(b)

@@ -9,15 +9,12 @@ import (
 	"log/slog"
 	"path/filepath"
 	"runtime"
-	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/services/internal/run"
-	"github.com/stopline-traffic/stopline/services/internal/seglog"
 )
 
 // Validator is one member of a district's consensus.
@@ -38,7 +35,11 @@ type Validator struct {
 	ctx       context.Context // of Run, for the engine's calls, which bring none
 	cancel    context.CancelCauseFunc
 	height    atomic.Uint64
-	ready     chan struct{} // closed when the engine runs
+	// Tests set these before Run: see transport.tap, and cut, which says from whom
+	// nothing can be fetched.
+	tap   func(pc parcel, send func(parcel))
+	cut   func(peer uint64) bool
+	ready chan struct{} // closed when the engine runs
 }
 
 type metFrom struct {
@@ -83,9 +84,10 @@ func (v *Validator) Stats() Stats {
 	return s
 }
 
-// Evidence returns the proofs of lying validators that were kept, the first
-// ones of each start and before. Call it after [Validator.Ready].
-func (v *Validator) Evidence() []Evidence {
+// Evidence returns the accusations that were kept, of this start and before. Each
+// is a file in the folder evidence, too, for anybody to verify. Call it after
+// [Validator.Ready].
+func (v *Validator) Evidence() []*ledger.Accusation {
 	select {
 	case <-v.ready:
 		return v.evidence.all()
@@ -132,10 +134,9 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, v.core.close()) }()
-	if v.evidence, err = openEvidence(filepath.Join(v.c.Dir, "evidence")); err != nil {
+	if v.evidence, err = openEvidence(filepath.Join(v.c.Dir, "evidence"), v.log); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, v.evidence.log.Close()) }()
 	v.height.Store(uint64(v.core.height()))
 
 	v.intake = newIntake(v)
@@ -152,8 +153,10 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 		self: v.c.Number, district: v.c.District, key: v.c.VoteKey, genesis: v.core.state.genesis, nc: v.c.Bus.NC, journal: v.core.journal,
 		codec: cd, count: &v.count, log: v.log, resend: v.c.Timing.Resend,
 		height:  func() ledger.Height { return ledger.Height(v.height.Load()) },
-		receive: v.receive, accuse: v.evidence.add,
+		receive: v.receive, witness: newWitness(), tap: v.tap,
 	}
+	w := v.transport.witness
+	w.genesis, w.height, w.accuse, w.count, w.log = v.core.state.genesis, v.transport.height, v.evidence.add, &v.count, v.log
 	v.transport.prepare(v.core.validators)
 	if err := v.begin(0); err != nil {
 		return err
@@ -355,55 +358,3 @@ func (v *Validator) save(entry []byte, truncate bool, votes []vote) error {
 
 // fail ends Run with an error. The caller's goroutine must do no more.
 func (v *Validator) fail(err error) { v.cancel(fmt.Errorf("%w: %w", errFailed, err)) }
-
-// evidenceLog keeps the first proofs against lying peers.
-type evidenceLog struct {
-	log  *seglog.Log
-	mu   sync.Mutex
-	kept []Evidence
-}
-
-func openEvidence(dir string) (*evidenceLog, error) {
-	l, err := seglog.Open(dir, seglog.Options{})
-	if err != nil {
-		return nil, err
-	}
-	e := &evidenceLog{log: l}
-	err = l.Scan(l.First(), func(i uint64, rec []byte) error {
-		var ev Evidence
-		if err := json.Unmarshal(rec, &ev); err != nil {
-			return fmt.Errorf("evidence %d: %w", i, err)
-		}
-		e.kept = append(e.kept, ev)
-		return nil
-	})
-	if err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	return e, nil
-}
-
-// add keeps evidence, up to a bound: one proof is enough, and a liar must not be
-// able to fill the disk.
-func (e *evidenceLog) add(ev Evidence) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.kept) >= evidenceMost {
-		return nil
-	}
-	b, err := json.Marshal(ev)
-	if err != nil {
-		return err
-	}
-	if _, err := e.log.Append(b); err != nil {
-		return err
-	}
-	e.kept = append(e.kept, ev)
-	return nil
-}
-
-func (e *evidenceLog) all() []Evidence {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return slices.Clone(e.kept)
-}
