@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 
@@ -8,6 +9,7 @@ import (
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/services/internal/bus"
 	"github.com/stopline-traffic/stopline/services/internal/wire"
@@ -44,6 +46,9 @@ func (g *Gateway) quarantined(m *message.Message) error {
 		g.quarantine = map[string]uint64{}
 	}
 	g.quarantine[q.Rule]++
+	if bytes.HasPrefix(q.Envelope, registryRecord) && len(q.Salt) == len(ledger.Salt{}) {
+		g.refused.add(Refusal{Commitment: commitment(ledger.Commit(ledger.Salt(q.Salt), q.Envelope)), Rule: q.Rule, Reason: q.Reason})
+	}
 	g.lastRefusal = q.Rule + ": " + q.Reason
 	g.changed()
 	return nil

@@ -80,6 +80,7 @@ type Gateway struct {
 	// one's reason.
 	quarantine  map[string]uint64
 	lastRefusal string
+	refused     refusals // registry records
 }
 
 // pending is a frame that has been agreed and waits for its seal.
@@ -257,6 +258,7 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 		g.known = reg
 		g.define(reg)
 	}
+	g.explain(b, reg)
 	for i := range b.Records {
 		r := &b.Records[i]
 		if !r.Accepted {
@@ -420,7 +422,9 @@ func (g *Gateway) Undecided() int {
 //	GET /                            the page
 //	GET /v1/state                    the view, JSON
 //	GET /v1/live                     the view whenever it changes, server-sent events
-//	GET /v1/registry/{type}/{id}     one entry of the registry in force
+//	GET /v1/registry?type=TYPE       the registry in force, all of it or one type
+//	GET /v1/registry/{type}/{id}     one entry of it
+//	GET /v1/refusals/{commitment}    why a registry record was refused lately
 func (g *Gateway) Handler() http.Handler {
 	mux := http.NewServeMux()
 	files, err := fs.Sub(pageFiles, "page")
@@ -430,17 +434,7 @@ func (g *Gateway) Handler() http.Handler {
 	mux.Handle("GET /", http.FileServerFS(files))
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, g.View()) })
 	mux.HandleFunc("GET /v1/live", g.live)
-	mux.HandleFunc("GET /v1/registry/{type}/{id}", func(w http.ResponseWriter, r *http.Request) {
-		e, ok := g.cfg.State.Registry().Entry(identity.EntryType(r.PathValue("type")), r.PathValue("id"))
-		if !ok {
-			w.Header().Set("Content-Type", "application/problem+json")
-			w.WriteHeader(http.StatusNotFound)
-			_ = json.NewEncoder(w).Encode(map[string]any{"title": "not found", "status": 404,
-				"detail": fmt.Sprintf("the registry has no %.20s %.128q", r.PathValue("type"), r.PathValue("id"))})
-			return
-		}
-		writeJSON(w, e)
-	})
+	g.registryRoutes(mux)
 	return mux
 }
 
