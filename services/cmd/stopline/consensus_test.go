@@ -28,7 +28,6 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
-	"github.com/stopline-traffic/stopline/services/consensus"
 	"github.com/stopline-traffic/stopline/services/internal/bus"
 	"github.com/stopline-traffic/stopline/services/internal/decided"
 	"github.com/stopline-traffic/stopline/services/internal/district"
@@ -127,7 +126,7 @@ func (e *eyes) hear(m *nats.Msg) {
 			e.votes[p.vote] = p
 		} else if have.digest != p.digest {
 			// By the rules for evidence, so that nobody is accused by mistake.
-			if err := (consensus.Evidence{Validator: p.from, First: have.proof, Second: p.proof}).Check(e.keys[p.from], e.genesis); err != nil {
+			if err := ledger.CheckVotesDiffer(p.from, e.keys[p.from], e.genesis, have.proof, p.proof); err != nil {
 				e.errs = append(e.errs, err)
 			}
 			e.doubles = append(e.doubles, fmt.Sprintf("%+v: %x in start %d and %x in start %d", p.vote, have.digest[:4], have.counter, p.digest[:4], p.counter))
