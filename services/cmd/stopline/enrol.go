@@ -161,23 +161,29 @@ func parsePublic(name string, b []byte) (ed25519.PublicKey, error) {
 // post sends an envelope and turns anything but a receipt into an error with
 // the server's own words.
 func post(ctx context.Context, url string, envelope []byte) error {
+	_, err := postFor(ctx, url, envelope)
+	return err
+}
+
+// postFor is post, and returns the receipt.
+func postFor(ctx context.Context, url string, envelope []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(envelope))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	req.Header.Set("Content-Type", identity.Protobuf)
 	res, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return fmt.Errorf("is the demo running? %w", err)
+		return nil, fmt.Errorf("is the demo running? %w", err)
 	}
 	body, err := io.ReadAll(io.LimitReader(res.Body, 1<<16))
 	if err = errors.Join(err, res.Body.Close()); err != nil {
-		return err
+		return nil, err
 	}
 	if res.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s answered %s: %s", url, res.Status, bytes.TrimSpace(body))
+		return nil, fmt.Errorf("%s answered %s: %s", url, res.Status, bytes.TrimSpace(body))
 	}
-	return nil
+	return body, nil
 }
 
 // entry reads an entry of the registry in force; ok is false where there is none.

@@ -20,6 +20,7 @@ func TestManualPages(t *testing.T) {
 		"enrol":     {"--data DIR", "--device ID", "--junction ID", "--key FILE", "--public-key FILE", "--revoke", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
 		"replay":    {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},
 		"measures":  {"--measure NAMES", "Default: all", "--config FILE", "--bin LENGTH", "Default: 15m0s", "--format FORM", "Default: csv", "--out DIR", "--red-occupancy SHARE", "Default: 0.8", "EXIT STATUS"},
+		"registry":  {"registry show [TYPE [ID]]", "--file FILE", "--id ID", "--json", "--key FILE", "--out FILE", "--revoke", "--type TYPE", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
 		"token":     {"--data DIR", "--device ID", "--for DURATION", "Default: 24h0m0s", "--json"},
 		"version":   {},
 	}
@@ -94,6 +95,13 @@ func TestWrongUsage(t *testing.T) {
 		{[]string{"consensus", "--write-config", "x", "--nats", "y"}, "needs --data and --nats"},
 		{[]string{"demo", "--external-validators"}, "--external-validators: needs --nats"},
 		{[]string{"demo", "--nats-users", "x"}, "--nats-users: needs --nats"},
+		{[]string{"registry"}, "show, propose, sign or submit is needed"},
+		{[]string{"registry", "drop"}, "got \"drop\""},
+		{[]string{"registry", "show", "a", "b", "c"}, "got 3 arguments"},
+		{[]string{"registry", "propose", "--type", "policy", "--id", "x", "--out", "y"}, "either --file or --revoke"},
+		{[]string{"registry", "propose", "--type", "policy", "--id", "x", "--out", "y", "--file", "z", "--revoke"}, "either --file or --revoke"},
+		{[]string{"registry", "sign", "x"}, "--key and one proposal"},
+		{[]string{"registry", "submit", "--key", "x"}, "--key and one proposal"},
 		{[]string{"enrol"}, "--data and --device are needed"},
 	} {
 		r := inside(t, c.args...)
