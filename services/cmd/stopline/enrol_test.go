@@ -12,6 +12,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/pkg/validate"
+	"github.com/stopline-traffic/stopline/services/internal/district"
 )
 
 // A device's life in the registry: enrolled, heard, refused under its id a
@@ -134,6 +135,10 @@ func TestRegistryRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	police, err := d.district.Key(district.PoliceOfficial)
+	if err != nil {
+		t.Fatal(err)
+	}
 	j := *d.junction("h0101")
 	j.ID = "h0901"
 	change := func(id string, nonce uint64, body any) []byte {
@@ -141,7 +146,13 @@ func TestRegistryRecords(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := json.Marshal(identity.Change{District: "harbour", Action: "put", Type: identity.TypeJunction, ID: id, Body: b, Nonce: nonce})
+		change := identity.Change{District: "harbour", Action: "put", Type: identity.TypeJunction, ID: id, Body: b, Nonce: nonce, Base: make([]byte, 32)}
+		a, err := identity.Approve(police, change) // as junctions need
+		if err != nil {
+			t.Fatal(err)
+		}
+		change.Approvals = []identity.Approval{a}
+		c, err := change.Marshal()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -433,6 +433,11 @@ func (o *registryOptions) submit(ctx context.Context, args []string, s streams) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.wait)
 	defer cancel()
+	// Early and in words; from here on, too, the entry can only come to look as
+	// proposed because this change, or one just like it, has been carried out.
+	if err := o.current(ctx, p); err != nil {
+		return err
+	}
 	var receipt struct{ Commitment []byte }
 	b, err := postFor(ctx, o.url+"/v1/records", identity.Sign(key, identity.KindRegistry, identity.JSON, payload).Marshal())
 	if err != nil {
@@ -455,8 +460,6 @@ func (o *registryOptions) submit(ctx context.Context, args []string, s streams) 
 // settled waits until a change is in force, or refused.
 func (o *registryOptions) settled(ctx context.Context, c *identity.Change, commitment string) (identity.Entry, error) {
 	for {
-		// First the refusals: an entry that looks the same may be somebody else's
-		// doing, or the first of two records with one change.
 		var f gateway.Refusal
 		refused, err := getJSON(ctx, o.url+"/v1/refusals/"+commitment, &f)
 		if err == nil && refused {
