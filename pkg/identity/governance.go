@@ -79,8 +79,8 @@ func count(n int, what string) string {
 	return strconv.Itoa(n) + " " + what
 }
 
-// counts reports whether an official's signature is one of those needed.
-func (n Need) counts(id string, o Official) bool {
+// Counts reports whether an active official's signature is one of those needed.
+func (n Need) Counts(id string, o Official) bool {
 	return slices.Contains(o.Roles, n.Role) && (len(n.Named) == 0 || slices.Contains(n.Named, id))
 }
 
@@ -88,6 +88,12 @@ func (n Need) counts(id string, o Official) bool {
 // enough.
 func (n Need) met(departments []string) bool {
 	return len(departments) >= n.Officials && len(distinct(departments)) >= n.Departments
+}
+
+// Progress says how far signatures of officials that count, one department an
+// official, go towards what is needed, for people.
+func (n Need) Progress(departments []string) string {
+	return fmt.Sprintf("needs %v, %s", n, has(departments))
 }
 
 // has says who has signed, for people.
@@ -185,28 +191,32 @@ func (r *Registry) official(id string) (Official, bool) {
 // something that nobody could ever change. without is an official who is about to
 // go.
 func (r *Registry) possible(g *Governance, without string) error {
-	needs := []struct {
-		at string
-		Need
-	}{{"default", g.Default}}
-	for i, rule := range g.Rules {
-		needs = append(needs, struct {
-			at string
-			Need
-		}{fmt.Sprintf("rules[%d]", i), rule.Need})
-	}
-	for _, n := range needs {
-		var departments []string
-		for _, e := range r.entries { // only counted, so the order is no matter
-			if e.Type != TypeOfficial || e.ID == without {
-				continue
+	officials := map[string]Official{}
+	for _, e := range r.entries { // into a map again, so the order is no matter
+		if e.Type == TypeOfficial && e.ID != without {
+			if o, ok := r.official(e.ID); ok {
+				officials[e.ID] = o
 			}
-			if o, ok := r.official(e.ID); ok && n.counts(e.ID, o) {
+		}
+	}
+	possible := func(at string, n Need) error {
+		var departments []string
+		for id, o := range officials { // only counted
+			if n.Counts(id, o) {
 				departments = append(departments, o.Department)
 			}
 		}
 		if !n.met(departments) {
-			return kind.Errorf(kind.Conflict, "governance: %s needs %v, and the registry %s", n.at, n.Need, has(departments))
+			return kind.Errorf(kind.Conflict, "governance: %s needs %v, and the registry %s", at, n, has(departments))
+		}
+		return nil
+	}
+	if err := possible("default", g.Default); err != nil {
+		return err
+	}
+	for i, rule := range g.Rules {
+		if err := possible(fmt.Sprintf("rules[%d]", i), rule.Need); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -321,7 +331,7 @@ func (r *Registry) approved(signer KeyID, sender Holder, c Change) ([]KeyID, err
 	}
 	keys := []KeyID{signer}
 	var departments []string
-	if o, ok := r.official(sender.ID); ok && sender.Type == TypeOfficial && need.counts(sender.ID, o) {
+	if o, ok := r.official(sender.ID); ok && sender.Type == TypeOfficial && need.Counts(sender.ID, o) {
 		departments = append(departments, o.Department)
 	}
 	if len(c.Approvals) > 0 {
@@ -341,7 +351,7 @@ func (r *Registry) approved(signer KeyID, sender Holder, c Change) ([]KeyID, err
 		}
 	}
 	if !need.met(departments) {
-		return nil, kind.Errorf(kind.Denied, "approvals: %.20s of a %.20s needs %v, %s", c.Action, string(c.Type), need, has(departments))
+		return nil, kind.Errorf(kind.Denied, "approvals: %.20s of a %.20s %s", c.Action, string(c.Type), need.Progress(departments))
 	}
 	return keys, nil
 }
@@ -361,7 +371,7 @@ func (r *Registry) approver(need Need, had []KeyID, a Approval, nonce uint64) (O
 		return o, kind.Errorf(kind.Denied, "key_id: official %s is revoked", h.ID)
 	case slices.Contains(had, a.Key):
 		return o, kind.Errorf(kind.Conflict, "key_id: official %s has signed already", h.ID)
-	case !need.counts(h.ID, o):
+	case !need.Counts(h.ID, o):
 		return o, kind.Errorf(kind.Denied, "key_id: official %s does not count: needed are %v", h.ID, need)
 	case r.nonces[nonceKey{a.Key, nonce}]:
 		return o, kind.Errorf(kind.Conflict, "key_id: official %s has used the nonce %d before", h.ID, nonce)

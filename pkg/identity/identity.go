@@ -23,6 +23,20 @@
 // with low-order components; ZIP 215 closes that, and is the only published rule
 // under which verifying one by one and verifying in batches always agree
 // (https://zips.z.cash/zip-0215). Validators would split over anything else.
+//
+// # The registry
+//
+// A [Registry] is what all validators hold alike: entries, and what follows from
+// them. It changes by [Change] records only, one after the other, through
+// [Registry.Apply], which looks at nothing but the state and the record.
+//
+// Whose signatures a change needs says the [Governance] entry: a role, how many
+// officials, of how many departments. The signer of the record is one of them;
+// the others sign an [Approval], over bytes of their own domain, and give it to
+// the sender, in a [Proposal] that goes round or by any other way. An approval is
+// for one change to one state of one entry, and is used up with it: it names the
+// hash of the entry that it replaces, and a nonce that none of those who signed
+// can use again.
 package identity
 
 import (

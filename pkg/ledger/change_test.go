@@ -23,6 +23,16 @@ func TestReadChange(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, %v\nwant %+v", got, err, want)
 	}
+	payload, err := want.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range []identity.Envelope{{ContentType: identity.Protobuf, Payload: p}, {ContentType: identity.JSON, Payload: payload}} {
+		e.Kind = identity.KindRegistry
+		if got := Describe(e).Summary; got != `registry change: "put" of "policy" "day", with 2 approvals` {
+			t.Errorf("%s: got %s", e.ContentType, got)
+		}
+	}
 	if got, err := readChange(identity.Envelope{ContentType: identity.Protobuf, Payload: append(p, 8<<3|2, 1, 0xff)}); err == nil {
 		t.Errorf("got %+v from a broken approval", got)
 	}

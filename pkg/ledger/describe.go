@@ -58,8 +58,12 @@ func Describe(e identity.Envelope) Claims {
 			f.text(6, "detector"), c.Junction, breaks, f.text(8, "rule"), f.text(9, "reason"), f.number(4, "height"))
 		return c
 	case identity.KindRegistry:
-		return Claims{District: f.text(1, "district"),
+		c := Claims{District: f.text(1, "district"),
 			Summary: fmt.Sprintf("registry change: %.20q of %.20q %.128q", f.text(2, "action"), f.text(3, "type"), f.text(4, "id"))}
+		if n := f.count(8, "approvals"); n > 0 {
+			c.Summary += fmt.Sprintf(", with %d approvals", n)
+		}
+		return c
 	}
 	return Claims{Summary: fmt.Sprintf("%s of %d bytes", e.Kind, len(e.Payload))}
 }

@@ -138,6 +138,15 @@ func (o *registryOptions) governance(ctx context.Context) (*identity.Governance,
 	return g, nil
 }
 
+// need reads what a change needs.
+func (o *registryOptions) need(ctx context.Context, c *identity.Change) (identity.Need, error) {
+	g, err := o.governance(ctx)
+	if err != nil || g == nil {
+		return rules(nil)[0].Need, err
+	}
+	return g.Need(c.Type, c.Action), nil
+}
+
 func (o *registryOptions) show(ctx context.Context, args []string, s streams) error {
 	if len(args) > 2 {
 		return usageError("registry show: a type and an id, at most; got %d arguments", len(args))
@@ -298,13 +307,9 @@ func (o *registryOptions) propose(ctx context.Context, args []string, s streams)
 	if err := describe(s.out, p); err != nil {
 		return err
 	}
-	g, err := o.governance(ctx)
+	need, err := o.need(ctx, &c)
 	if err != nil {
 		return err
-	}
-	need := identity.Need{Role: identity.Registrar, Officials: 1, Departments: 1}
-	if g != nil {
-		need = g.Need(c.Type, c.Action)
 	}
 	_, err = fmt.Fprintf(s.out, "needs %s\nwritten to %s\n", clean(need.String()), o.out)
 	return err
@@ -388,7 +393,45 @@ func (o *registryOptions) sign(ctx context.Context, args []string, s streams) er
 	if err := district.WriteFile(args[0], doc, 0o644); err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(s.out, "signed by %s, %d in all\n", a.Key, len(p.Change.Approvals))
+	if _, err := fmt.Fprintf(s.out, "signed by %s, %d in all\n", a.Key, len(p.Change.Approvals)); err != nil || !o.given {
+		return err
+	}
+	return o.progress(ctx, s.out, &p.Change)
+}
+
+// progress prints who has signed, and what is still needed.
+func (o *registryOptions) progress(ctx context.Context, w io.Writer, c *identity.Change) error {
+	need, err := o.need(ctx, c)
+	if err != nil {
+		return err
+	}
+	v, err := o.view(ctx, identity.TypeOfficial)
+	if err != nil {
+		return err
+	}
+	var departments []string
+	for _, a := range c.Approvals {
+		at := slices.IndexFunc(v.Entries, func(e identity.Entry) bool {
+			k, err := e.Keys()
+			return err == nil && len(k) == 1 && identity.IDOf(k[0]) == a.Key
+		})
+		var official identity.Official
+		if at < 0 || json.Unmarshal(v.Entries[at].Body, &official) != nil {
+			fmt.Fprintf(w, "  %s is no official\n", clean(string(a.Key)))
+			continue
+		}
+		e, note := &v.Entries[at], ""
+		switch {
+		case e.Status != identity.Active:
+			note = ", revoked"
+		case !need.Counts(e.ID, official):
+			note = ", does not count"
+		default:
+			departments = append(departments, official.Department)
+		}
+		fmt.Fprintf(w, "  %s of %s%s\n", clean(e.ID), clean(official.Department), note)
+	}
+	_, err = fmt.Fprintln(w, clean(need.Progress(departments)))
 	return err
 }
 

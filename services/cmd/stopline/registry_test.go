@@ -72,7 +72,7 @@ func TestRegistryPlanChange(t *testing.T) {
 	// One party, as often as it likes: CVE-2024-38944.
 	const missing = "refused by the validators (registry): approvals: put of a junction needs 2 officials of 2 departments with role planner, has 1 of traffic"
 	wantExit(t, reg("submit", "--key", key(district.RegistrarKey), proposal), exitFailed, missing)
-	wantExit(t, reg("sign", "--key", key(district.RegistrarKey), proposal), exitOK, "1 in all")
+	wantExit(t, reg("sign", "--key", key(district.RegistrarKey), proposal), exitOK, "1 in all", "registrar of traffic", "needs 2 officials of 2 departments with role planner, has 1 of traffic")
 	wantExit(t, reg("sign", "--key", key(district.RegistrarKey), proposal), exitFailed, "has signed this proposal already")
 	wantExit(t, reg("submit", "--key", key(district.RegistrarKey), proposal), exitFailed, missing)
 	// Nobody else's signature is one: not a device's, and not the log's own service's.
@@ -152,8 +152,9 @@ func TestRegistryPlanChange(t *testing.T) {
 	// Two departments are all that would be left, and that is enough.
 	wantExit(t, reg("submit", "--json", "--key", key(district.RegistrarKey), file("gone.json")), exitOK, `"status": "revoked"`)
 	wantExit(t, reg("propose", "--type", "software", "--id", "v9", "--file", write("v9.json", map[string]string{"sha256": "00"}), "--out", file("v9")), exitOK, "(new)", `+ sha256: "00"`)
-	wantExit(t, reg("sign", "--key", key(district.PoliceOfficial), file("v9")), exitOK)
-	wantExit(t, reg("submit", "--key", key(district.RegistrarKey), file("v9")), exitFailed, "official official-police is revoked")
+	wantExit(t, reg("sign", "--key", key(district.PoliceOfficial), file("v9")), exitOK, "official-police of police, revoked", "has none")
+	wantExit(t, reg("sign", "--key", key("importer"), file("v9")), exitOK, "is no official")
+	wantExit(t, reg("submit", "--key", key(district.RegistrarKey), file("v9")), exitFailed, "refused by the validators (registry): approvals[0].key_id: official official-police is revoked")
 	wantExit(t, reg("submit", "--key", key(district.PoliceOfficial), file("v9")), exitFailed, "refused by the validators (revoked-device): key_id: official official-police has been revoked")
 
 	end := d.stop()
