@@ -107,6 +107,8 @@ type Validator struct {
 	Department string    `json:"department"`
 	VoteKey    PublicKey `json:"vote_key"`
 	CosignKey  PublicKey `json:"cosign_key"`
+	// Former are the keys that were replaced, the oldest first.
+	Former []PublicKey `json:"former,omitempty"`
 }
 
 // Policy is the body of a policy entry: what signal-control decides by.
@@ -265,11 +267,13 @@ type Registry struct {
 	devices    map[traffic.DeviceID]Device
 	junctions  map[traffic.JunctionID]*traffic.Junction
 	validators map[uint64]Validator
-	governance *Governance // nil without an entry
-	nonces     map[nonceKey]bool
-	tree       *merkle.Tree // nil until asked for after a change
-	loading    bool         // a snapshot, whose entries were checked when they were filed
-	order      []string
+	// membersSince is the newest Since of a validator's entry.
+	membersSince uint64
+	governance   *Governance // nil without an entry
+	nonces       map[nonceKey]bool
+	tree         *merkle.Tree // nil until asked for after a change
+	loading      bool         // a snapshot, whose entries were checked when they were filed
+	order        []string
 }
 
 // NewRegistry returns the state that a genesis document describes.
@@ -433,11 +437,12 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to %d bytes without control characters", id, MaxID)
 	}
 	old, exists := r.entries[entryKey(t, id)]
-	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance
+	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator
 	if exists && (old.Status == Revoked || !replace) {
 		return kind.Errorf(kind.Conflict, "id: %s %q was used before; ids are never used again", t, id)
 	}
-	var key, second PublicKey // second only of a validator
+	var key PublicKey
+	var fresh []newKey // of a validator
 	var kinds []RecordKind
 	var done func()
 	switch t {
@@ -482,24 +487,11 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 			kinds = append(kinds, KindRegistry)
 		}
 	case TypeValidator:
-		var v Validator
-		if err := parseBody(body, &v); err != nil {
+		_, keys, set, err := r.putValidator(height, id, body)
+		if err != nil {
 			return err
 		}
-		if v.Number == 0 || strconv.FormatUint(v.Number, 10) != id {
-			return kind.Errorf(kind.Invalid, "body.number: must be positive and equal to the id %q", id)
-		}
-		if len(v.CosignKey) != ed25519.PublicKeySize || bytes.Equal(v.VoteKey, v.CosignKey) {
-			return kind.Errorf(kind.Invalid, "body.cosign_key: must be a key, and not the vote key")
-		}
-		second = v.CosignKey
-		if height != 0 {
-			// The engine's reconfiguration comes with the membership work; until
-			// then a change that could not take effect must not be filed.
-			return kind.Errorf(kind.Invalid, "type: validators can be set in genesis only")
-		}
-		key = v.VoteKey
-		done = func() { r.validators[v.Number] = v }
+		fresh, done = keys, set
 	case TypeJunction:
 		j, err := traffic.ParseJunction(body)
 		if err != nil {
@@ -566,21 +558,21 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 	if err := json.Compact(&compact, body); err != nil {
 		return kind.Errorf(kind.Invalid, "body: %w", err)
 	}
-	if kinds != nil || t == TypeValidator {
-		field := "body.key"
-		if t == TypeValidator {
-			field = "body.vote_key"
-		}
-		if err := r.free(field, key); err != nil {
+	if kinds != nil {
+		fresh = []newKey{{"body.key", key, Active}}
+	}
+	for i, k := range fresh {
+		if err := r.free(k.field, k.key); err != nil {
 			return err
 		}
-		if second != nil {
-			if err := r.free("body.cosign_key", second); err != nil {
-				return err
+		for _, other := range fresh[:i] {
+			if bytes.Equal(other.key, k.key) {
+				return kind.Errorf(kind.Conflict, "%s: is the key in %s too", k.field, other.field)
 			}
-			r.holders[IDOf(ed25519.PublicKey(second))] = Holder{Type: t, ID: id, Status: Active, Key: ed25519.PublicKey(second)}
 		}
-		r.holders[IDOf(ed25519.PublicKey(key))] = Holder{Type: t, ID: id, Status: Active, Key: ed25519.PublicKey(key), Kinds: kinds}
+	}
+	for _, k := range fresh {
+		r.holders[IDOf(ed25519.PublicKey(k.key))] = Holder{Type: t, ID: id, Status: k.status, Key: ed25519.PublicKey(k.key), Kinds: kinds}
 	}
 	if done != nil {
 		done()
@@ -612,8 +604,18 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 	if e.Status == Revoked {
 		return kind.Errorf(kind.Conflict, "id: %s %q is revoked already", t, id)
 	}
-	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency {
+	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator {
 		return kind.Errorf(kind.Invalid, "type: a %.20s cannot be revoked", string(t))
+	}
+	if t == TypeValidator {
+		if err := r.mayLeave(height); err != nil {
+			return err
+		}
+		n, err := strconv.ParseUint(id, 10, 64)
+		if err != nil {
+			return err // unreachable: the entry was filed under its number
+		}
+		delete(r.validators, n)
 	}
 	// Without governance the last registrar may go: so it was from the start.
 	if g, filed := r.Governance(); filed && t == TypeOfficial && !r.loading {
@@ -621,7 +623,7 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 			return kind.Errorf(kind.Conflict, "id: without official %q: %w; appoint another first", id, err)
 		}
 	}
-	for kid, h := range r.holders { // at most one matches, so the order is no matter
+	for kid, h := range r.holders { // each on its own, so the order is no matter
 		if h.Type == t && h.ID == id {
 			h.Status = Revoked
 			r.holders[kid] = h
@@ -633,6 +635,9 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 }
 
 func (r *Registry) set(e Entry) {
+	if e.Type == TypeValidator {
+		r.membersSince = max(r.membersSince, e.Since)
+	}
 	r.entries[entryKey(e.Type, e.ID)] = e
 	r.tree, r.order = nil, nil
 }

@@ -139,8 +139,6 @@ func TestApplyRefuses(t *testing.T) {
 		{"official without a department", registrar, putBody(TypeOfficial, "o", Official{Key: testPub("d3")}), kind.Invalid, "body.department: must not be empty"},
 		{"validator's number", registrar, putBody(TypeValidator, "6", Validator{Number: 5, VoteKey: testPub("v"), CosignKey: testPub("c")}), kind.Invalid,
 			`body.number: must be positive and equal to the id "6"`},
-		{"validator later on", registrar, putBody(TypeValidator, "5", Validator{Number: 5, VoteKey: testPub("v"), CosignKey: testPub("c")}), kind.Invalid,
-			"type: validators can be set in genesis only"},
 		{"junction", registrar, put(TypeJunction, "j2", `{"id":"j2"}`), kind.Invalid, "body: junction j2: stages: at least one is needed"},
 		{"junction's id", registrar, putBody(TypeJunction, "j2", testJunction("j3")), kind.Invalid, `body.id: "j3", the entry is "j2"`},
 		{"junction and more", registrar, put(TypeJunction, "j2", string(raw(t, testJunction("j2")))+"}"), kind.Invalid,
@@ -155,7 +153,8 @@ func TestApplyRefuses(t *testing.T) {
 		{"revoke nobody", registrar, func(c *Change) { c.Action, c.ID = "revoke", "d9" }, kind.NotFound, `id: no device "d9"`},
 		{"revoke again", registrar, func(c *Change) { c.Action, c.ID = "revoke", "d1" }, kind.Conflict, `id: device "d1" is revoked already`},
 		{"revoke a junction", registrar, func(c *Change) { c.Action, c.Type, c.ID = "revoke", TypeJunction, "j1" }, kind.Invalid, "type: a junction cannot be revoked"},
-		{"revoke a validator", registrar, func(c *Change) { c.Action, c.Type, c.ID = "revoke", TypeValidator, "1" }, kind.Invalid, "type: a validator cannot be revoked"},
+		{"revoke a validator", registrar, func(c *Change) { c.Action, c.Type, c.ID = "revoke", TypeValidator, "1" }, kind.Conflict,
+			"id: there are 4 validators, and 4 must remain: add another first"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := r.Clone()

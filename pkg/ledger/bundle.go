@@ -320,8 +320,8 @@ func Excerpts(reg *identity.Registry, signers []identity.Holder) ([]identity.Exc
 		byIndex[x.Index] = x
 	}
 	first, last, size := int64(-1), int64(-1), int64(0)
-	for _, v := range reg.Validators() {
-		x, err := reg.Prove(identity.TypeValidator, strconv.FormatUint(v.Number, 10))
+	for _, e := range reg.Entries(identity.TypeValidator) { // those that were revoked too
+		x, err := reg.Prove(e.Type, e.ID)
 		if err != nil {
 			return nil, err
 		}

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"iter"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 
@@ -135,7 +136,8 @@ type fsck struct {
 	genesis    *identity.Genesis
 	hash       Hash
 	policy     *Policy
-	validators []identity.Validator
+	succession *Succession
+	later      []laterNote
 	reg        *identity.Registry
 	tiles      map[TileID]bool   // there, and whether checked
 	partial    map[TileID][]int  // widths by the full tile's id
@@ -147,6 +149,14 @@ type fsck struct {
 type sealed struct {
 	record uint64
 	cp     Checkpoint
+}
+
+// laterNote is a checkpoint that the policy does not verify: maybe other
+// validators have cosigned it, whom the blocks will name.
+type laterNote struct {
+	at     rec
+	height Height
+	err    error
 }
 
 // Fsck checks a data folder offline, without changing it: that every byte of the
@@ -245,6 +255,9 @@ func (f *fsck) run() error {
 	if err != nil {
 		return err
 	}
+	if err := f.cosigned(); err != nil {
+		return err
+	}
 	return f.edge(tiler)
 }
 
@@ -262,7 +275,6 @@ func (f *fsck) documents() (ok bool, err error) {
 		return false, f.badFile(fsckGenesis, "%v", err)
 	}
 	f.r.Origin = f.genesis.Origin
-	f.validators = f.reg.Validators()
 	b, err := fs.ReadFile(f.dir, fsckPolicy)
 	if err != nil {
 		return false, f.badFile(fsckPolicy, "cannot be read: %v", err)
@@ -278,7 +290,8 @@ func (f *fsck) documents() (ok bool, err error) {
 	if f.o.Policy != nil {
 		f.policy, f.r.Trusted = f.o.Policy, true
 	}
-	return true, nil
+	f.succession, err = NewSuccession(f.genesis, f.policy)
+	return err == nil, err
 }
 
 // ownPolicy checks that the folder's policy is the genesis document's: its log,
@@ -292,8 +305,9 @@ func (f *fsck) ownPolicy(p *Policy) error {
 		return fmt.Errorf("log: is not the genesis document's, %s", f.genesis.Origin)
 	}
 	// With any q−1 validators and everybody else the quorum must not be met.
+	validators := f.reg.Validators()
 	val := map[string]bool{}
-	for _, v := range f.validators {
+	for _, v := range validators {
 		val[string(v.CosignKey)] = true
 	}
 	signed := map[int]bool{}
@@ -305,21 +319,21 @@ func (f *fsck) ownPolicy(p *Policy) error {
 			signed[i] = true
 		}
 	}
-	q := Quorum(len(f.validators))
-	if len(ours) < len(f.validators) {
-		return fmt.Errorf("witness: %d of the %d validators are named", len(ours), len(f.validators))
+	q := Quorum(len(validators))
+	if len(ours) < len(validators) {
+		return fmt.Errorf("witness: %d of the %d validators are named", len(ours), len(validators))
 	}
 	for _, i := range ours[:q-1] {
 		signed[i] = true
 	}
 	if p.quorum == nil || p.quorum.met(signed) {
-		return fmt.Errorf("quorum: is met by fewer than %d of the %d validators", q, len(f.validators))
+		return fmt.Errorf("quorum: is met by fewer than %d of the %d validators", q, len(validators))
 	}
 	for _, i := range ours[:q] {
 		signed[i] = true
 	}
 	if !p.quorum.met(signed) {
-		return fmt.Errorf("quorum: is not met by %d of the %d validators", q, len(f.validators))
+		return fmt.Errorf("quorum: is not met by %d of the %d validators", q, len(validators))
 	}
 	return nil
 }
@@ -370,6 +384,12 @@ func (f *fsck) history() error {
 			continue
 		}
 		s, err := f.policy.Open(at.Note)
+		if err != nil {
+			if c, perr := unverified(at.Note); perr == nil {
+				f.later = append(f.later, laterNote{rec{r.n, nil, r.file, r.offset}, at.Height, err})
+				s, err = &Sealed{Checkpoint: c}, nil
+			}
+		}
 		switch {
 		case err != nil:
 			err = f.badRecord(r, "%v", err)
@@ -417,6 +437,50 @@ func (f *fsck) history() error {
 	return f.badFile(fsckCheckpoint, "is not the last of the history of checkpoints")
 }
 
+// unverified reads what a checkpoint says, whoever has signed it.
+func unverified(signed []byte) (Checkpoint, error) {
+	text, _, ok := bytes.Cut(signed, []byte("\n\n"))
+	if !ok || len(signed) > MaxNote {
+		return Checkpoint{}, errors.New("checkpoint: is no signed note")
+	}
+	return ParseCheckpoint(string(text) + "\n")
+}
+
+// cosigned holds the checkpoints against the validators who decided their
+// blocks, where these are not those of genesis.
+func (f *fsck) cosigned() error {
+	first := Height(math.MaxUint64)
+	if sets := f.succession.Sets(); len(sets) > 1 {
+		first = sets[1].Since
+	}
+	for _, l := range f.later {
+		if l.height <= first {
+			if err := f.badRecord(l.at, "%v", l.err); err != nil {
+				return err
+			}
+		}
+	}
+	if first == math.MaxUint64 {
+		return nil
+	}
+	for r := range f.journal(fsckHistory, new(error)) { // damage was told of before
+		if err := f.ctx.Err(); err != nil {
+			return err
+		}
+		at, err := ParseSealedAt(r.data)
+		if err != nil || at.Height <= first {
+			continue
+		}
+		if _, err := f.succession.Open(at.Height, at.Note); err != nil {
+			if err := f.badRecord(r, "%v", err); err != nil {
+				return err
+			}
+		}
+	}
+	f.r.Notes = append(f.r.Notes, fmt.Sprintf("block %d changed the validators: later checkpoints were checked by those that the blocks name", first))
+	return nil
+}
+
 // chain goes through the blocks with their tiles and payloads.
 func (f *fsck) chain() (*Tiler, error) {
 	if firsts, err := segment.List(f.dir, fsckBlocks); err == nil && len(firsts) > 0 {
@@ -445,7 +509,7 @@ func (f *fsck) chain() (*Tiler, error) {
 			err = fmt.Errorf("block %d: is at the place of block %d", d.Header.Height, r.n+1)
 		}
 		if err == nil {
-			err = d.Check(f.hash, parent, &tree, f.validators)
+			err = d.Check(f.hash, parent, &tree, f.succession.At(d.Header.Height).Validators)
 		}
 		if err == nil && d.Header.Registry != Hash(f.reg.Hash()) && !pay.lost {
 			err = fmt.Errorf("block %d: registry: is not what the changes so far make of it", d.Header.Height)
@@ -474,6 +538,11 @@ func (f *fsck) chain() (*Tiler, error) {
 		}
 		if err := pay.block(d); err != nil {
 			return nil, err
+		}
+		if f.reg.MembersSince() == uint64(h.Height) {
+			if err := f.succession.Change(h.Height, f.reg.Validators()); err != nil {
+				return nil, err
+			}
 		}
 		if f.o.Progress != nil && h.Height%256 == 0 {
 			f.o.Progress(uint64(h.Height), max(f.blocks, uint64(h.Height)))
