@@ -107,7 +107,8 @@ type Service struct {
 	log     *slog.Logger
 	genesis *identity.Genesis
 	hash    ledger.Hash
-	policy  *ledger.Policy
+	// succession is who decided which blocks; guarded by mu.
+	succession *ledger.Succession
 
 	refreshing                sync.Mutex // one refresh at a time; taken before mu
 	payloads, blocks, history *seglog.Log
@@ -120,6 +121,7 @@ type Service struct {
 	changes  []change
 	versions []version // by height; the first is genesis
 	sealed   *ledger.Sealed
+	sealers  ledger.Council // who cosigned note
 	note     []byte
 }
 
@@ -143,7 +145,11 @@ func New(c Config) (*Service, error) {
 	if s.genesis, err = identity.ParseGenesis(c.GenesisJSON); err != nil {
 		return nil, err
 	}
-	if s.policy, err = ledger.ParsePolicy(c.Policy); err != nil {
+	policy, err := ledger.ParsePolicy(c.Policy)
+	if err != nil {
+		return nil, err
+	}
+	if s.succession, err = ledger.NewSuccession(s.genesis, policy); err != nil {
 		return nil, err
 	}
 	reg, err := identity.NewRegistry(s.genesis)
@@ -247,13 +253,13 @@ func (s *Service) Refresh() error {
 	if err != nil {
 		return fmt.Errorf("audit: history of checkpoints: record %d: %w", n-1, err)
 	}
-	sealed, err := s.policy.Open(at.Note)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sealed, err := s.succession.Open(at.Height, at.Note)
 	if err != nil {
 		return fmt.Errorf("audit: history of checkpoints: record %d: %w", n-1, err)
 	}
-	s.mu.Lock()
-	s.sealed, s.note = sealed, at.Note
-	s.mu.Unlock()
+	s.sealed, s.note, s.sealers = sealed, at.Note, s.succession.At(at.Height)
 	return nil
 }
 
@@ -322,6 +328,11 @@ func (s *Service) block(d *ledger.Decided) error {
 		s.oldest = (s.oldest + 1) % len(s.records)
 	}
 	if reg != nil {
+		if reg.MembersSince() == uint64(h.Height) {
+			if err := s.succession.Change(h.Height, reg.Validators()); err != nil {
+				return err
+			}
+		}
 		reg.Hash()
 		s.changes = append(s.changes, changes...)
 		if len(s.versions) >= keptVersions {
@@ -425,9 +436,15 @@ func (s *Service) Bundle(ctx context.Context, indexes ...uint64) ([]byte, error)
 		return nil, err
 	}
 	s.mu.RLock()
-	sizes, sealed, note := s.sizes, s.sealed, s.note
+	sizes, sealed, note, sealers := s.sizes, s.sealed, s.note, s.sealers
 	s.mu.RUnlock()
 	b := &ledger.Bundle{Checkpoint: note, Policy: s.c.Policy}
+	if sealers.Since > 0 { // the hint is the policy that the checkpoint meets
+		var err error
+		if b.Policy, err = ledger.CouncilPolicy(s.genesis, sealers.Validators); err != nil {
+			return nil, err
+		}
+	}
 	var block *ledger.Decided
 	var reg *identity.Registry
 	var signers []identity.Holder
@@ -505,7 +522,7 @@ func (s *Service) Bundle(ctx context.Context, indexes ...uint64) ([]byte, error)
 	}
 	raw := b.Marshal()
 	// What does not verify here must not leave the house as evidence.
-	if _, err := ledger.VerifyBundle(raw, s.policy); err != nil {
+	if _, err := ledger.VerifyBundle(raw, sealers.Policy); err != nil {
 		return nil, fmt.Errorf("evidence: the folder's content does not verify: %w", err)
 	}
 	return raw, nil

@@ -96,7 +96,6 @@ type Service struct {
 	store     *Store
 	signer    note.Signer
 	genesis   *identity.Genesis
-	cosigners []cosigner
 	stats     decided.Stats
 	journaled chan struct{} // has room for one: a block was journalled
 
@@ -138,14 +137,23 @@ func New(c Config) (*Service, error) {
 	if s.signer, err = note.NewSigner(c.LogKey); err != nil {
 		return nil, errors.Join(err, store.Close())
 	}
-	for _, v := range store.validators {
-		k, err := ledger.NewCosigner(ledger.CosignerName(s.genesis.Origin, v.Number), ed25519.PublicKey(v.CosignKey))
-		if err != nil {
-			return nil, errors.Join(err, store.Close())
-		}
-		s.cosigners = append(s.cosigners, cosigner{v.Number, k})
+	if _, err := s.cosigners(store.Council(0)); err != nil {
+		return nil, errors.Join(err, store.Close())
 	}
 	return s, nil
+}
+
+// cosigners are the validators of a set as cosigners.
+func (s *Service) cosigners(c ledger.Council) ([]cosigner, error) {
+	var out []cosigner
+	for _, v := range c.Validators {
+		k, err := ledger.NewCosigner(ledger.CosignerName(s.genesis.Origin, v.Number), ed25519.PublicKey(v.CosignKey))
+		if err != nil {
+			return nil, fmt.Errorf("validator %d: %w", v.Number, err)
+		}
+		out = append(out, cosigner{v.Number, k})
+	}
+	return out, nil
 }
 
 // Close closes the data folder. Run must have returned.
@@ -170,9 +178,13 @@ func (s *Service) Run(ctx context.Context) error {
 	blocks := make(chan *decided.Block, 256)
 	return run.All(ctx,
 		run.Actor{Name: "follow", Run: func(ctx context.Context) error {
+			from, next := s.store.Resume(), ledger.Height(1)
+			if from != nil {
+				next = from.Header.Height + 1
+			}
 			return decided.Follow(ctx, decided.Config{
-				Bus: s.c.Bus, District: s.genesis.District, GenesisHash: hashOf(s.c.GenesisJSON), Validators: s.store.validators,
-				Resume: s.store.Resume(), Stats: &s.stats, Logger: s.log,
+				Bus: s.c.Bus, District: s.genesis.District, GenesisHash: hashOf(s.c.GenesisJSON), Validators: s.store.Council(next).Validators,
+				Resume: from, Stats: &s.stats, Logger: s.log,
 			}, func(ctx context.Context, b *decided.Block) error {
 				select {
 				case blocks <- b:
@@ -231,7 +243,7 @@ func (s *Service) seal(ctx context.Context) error {
 	if n, h, err := s.store.Last(); err != nil {
 		return err
 	} else if n != nil {
-		sealed, err := s.store.Check(n)
+		sealed, err := s.store.Check(h, n)
 		if err != nil {
 			return err
 		}
@@ -258,8 +270,26 @@ func (s *Service) seal(ctx context.Context) error {
 		if err := s.checkpoint(ctx, p); err != nil {
 			return err
 		}
+		// The validators of before may be gone for good; the log goes on.
+		if p.Handover && s.store.State().SealedSize < p.Header.Size {
+			if p.tried.IsZero() {
+				p.tried = time.Now()
+			} else if time.Since(p.tried) > handoverWait {
+				s.log.Error("sealing: block that changed the validators is not sealed by those before it: a verifier who pinned them must go by the votes", "height", p.Header.Height)
+				s.store.Skip(p)
+			}
+		}
 	}
 }
+
+const (
+	// handoverWait is how long the validators of before are asked to seal the block
+	// that changed them.
+	handoverWait = 10 * time.Second
+	// pinnedWait is how much longer cosignatures are gathered so that the
+	// district's own policy, which others have pinned, is met too.
+	pinnedWait = 50 * time.Millisecond
+)
 
 // checkpoint gets one point sealed, or gives up on it when validators do not
 // cosign in time. Only errors of the disk come back.
@@ -312,11 +342,18 @@ func (s *Service) wait(d time.Duration) {
 // the block yet.
 const resend = 20 * time.Millisecond
 
-// cosign asks all validators until the policy is met and returns the signed
-// checkpoint.
+// cosign asks the validators who decided block h until a quorum of them has
+// cosigned, and returns the signed checkpoint. Where these are others than those
+// of genesis, a little longer, so that the district's policy is met too where it
+// can be.
 func (s *Service) cosign(ctx context.Context, h ledger.Height, cp ledger.Checkpoint) ([]byte, error) {
 	body := cp.Body()
 	req, err := proto.Marshal(&pb.CosignRequest{Height: uint64(h), Body: []byte(body)})
+	if err != nil {
+		return nil, err
+	}
+	council := s.store.Council(h)
+	cosigners, err := s.cosigners(council)
 	if err != nil {
 		return nil, err
 	}
@@ -324,8 +361,8 @@ func (s *Service) cosign(ctx context.Context, h ledger.Height, cp ledger.Checkpo
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	lines := make(chan string, len(s.cosigners))
-	for _, c := range s.cosigners {
+	lines := make(chan string, len(cosigners))
+	for _, c := range cosigners {
 		wg.Go(func() {
 			if line, ok := s.askOne(ctx, c, body, req); ok {
 				lines <- line
@@ -333,11 +370,18 @@ func (s *Service) cosign(ctx context.Context, h ledger.Height, cp ledger.Checkpo
 		})
 	}
 	var have []string
+	var good []byte // enough for those in force
+	var enough <-chan time.Time
 	last := errors.New("no validator has answered")
 	for {
 		select {
+		case <-enough:
+			return good, nil
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%d of %d validators cosigned: %w", len(have), len(s.cosigners), last)
+			if good != nil {
+				return good, nil
+			}
+			return nil, fmt.Errorf("%d of %d validators cosigned: %w", len(have), len(cosigners), last)
 		case line := <-lines:
 			have = append(have, line)
 			slices.Sort(have) // the same lines, the same note
@@ -345,8 +389,20 @@ func (s *Service) cosign(ctx context.Context, h ledger.Height, cp ledger.Checkpo
 			if err != nil {
 				return nil, err
 			}
-			if _, last = s.store.Check(signed); last == nil {
+			if _, last = council.Policy.Open(signed); last != nil {
+				continue
+			}
+			if council.Since == 0 || len(have) == len(cosigners) {
 				return signed, nil
+			}
+			if _, err := s.store.policy.Open(signed); err == nil {
+				return signed, nil
+			}
+			if good = signed; !s.store.pinnable(council) {
+				return good, nil
+			}
+			if enough == nil {
+				enough = time.After(pinnedWait)
 			}
 		}
 	}

@@ -38,11 +38,10 @@ type StoreOptions struct {
 // history of checkpoints, from which at last the file checkpoint is made. Each
 // step can be done again from the one before, and opening does just that.
 type Store struct {
-	o          StoreOptions
-	genesis    *identity.Genesis
-	policy     *ledger.Policy
-	validators []identity.Validator
-	files      *files
+	o       StoreOptions
+	genesis *identity.Genesis
+	policy  *ledger.Policy
+	files   *files
 
 	payloads, blocks, history *seglog.Log
 
@@ -50,6 +49,12 @@ type Store struct {
 	tiler *ledger.Tiler
 	head  *ledger.Header // of the last journalled block
 	full  []ledger.TileFile
+	// succession is who decided which blocks; it is on disk before the block that
+	// changes them is journalled.
+	succession *ledger.Succession
+	// handovers are the ends of blocks that changed the validators and are not
+	// sealed: those who were validators until then should seal them.
+	handovers []*Point
 
 	sealing sync.Mutex // taken before mu; guards what follows
 	sealed  *ledger.Sealed
@@ -72,12 +77,10 @@ func OpenStore(o StoreOptions) (_ *Store, err error) {
 	if s.genesis, err = identity.ParseGenesis(o.GenesisJSON); err != nil {
 		return nil, err
 	}
-	reg, err := identity.NewRegistry(s.genesis)
-	if err != nil {
+	if s.policy, err = ledger.ParsePolicy(o.Policy); err != nil {
 		return nil, err
 	}
-	s.validators = reg.Validators()
-	if s.policy, err = ledger.ParsePolicy(o.Policy); err != nil {
+	if s.succession, err = ledger.NewSuccession(s.genesis, s.policy); err != nil {
 		return nil, err
 	}
 	if err := s.files.start(); err != nil {
@@ -87,6 +90,9 @@ func OpenStore(o StoreOptions) (_ *Store, err error) {
 		if err := s.document(name, b); err != nil {
 			return nil, err
 		}
+	}
+	if err := s.loadSuccession(); err != nil {
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -132,7 +138,7 @@ func (s *Store) recover() error {
 		if err != nil {
 			return err
 		}
-		if s.sealed, err = s.policy.Open(at.Note); err != nil {
+		if s.sealed, err = s.succession.Open(at.Height, at.Note); err != nil {
 			return fmt.Errorf("history of checkpoints: record %d: %w", n-1, err)
 		}
 		s.height, s.edge = at.Height, ledger.PartialTiles(s.sealed.Size)
@@ -191,6 +197,9 @@ func (s *Store) take(b *ledger.Block) error {
 	}
 	h := b.Header
 	s.head = &h
+	if sets := s.succession.Sets(); slices.ContainsFunc(sets, func(c ledger.Council) bool { return c.Since == h.Height }) {
+		s.handovers = append(s.handovers, &Point{Header: h, full: slices.Clone(s.full), partial: s.tiler.Partial(), Handover: true})
+	}
 	return nil
 }
 
@@ -223,6 +232,9 @@ func (s *Store) Append(blocks ...*decided.Block) error {
 		return nil
 	}
 	var payloads, journal [][]byte
+	if err := s.succeed(blocks); err != nil {
+		return err
+	}
 	for _, b := range blocks {
 		d := ledger.Decided{Block: b.Block, Verdicts: b.Verdicts}
 		if b.Purged { // nobody has the payloads any more: their places stay empty
@@ -274,17 +286,28 @@ func (s *Store) Append(blocks ...*decided.Block) error {
 
 // Point is a state of the log that is to be sealed.
 type Point struct {
-	Header  ledger.Header
-	full    []ledger.TileFile
-	partial []ledger.TileFile
+	Header ledger.Header
+	// Handover is set at the end of a block that changed the validators.
+	Handover bool
+	full     []ledger.TileFile
+	partial  []ledger.TileFile
+	tried    time.Time // when sealing a Handover has failed first
 }
 
-// Snapshot returns the end of the last journalled block, if it is not sealed.
+// Snapshot returns what is to be sealed next, if there is anything: the end of
+// the last journalled block, but not beyond a change of the validators.
 func (s *Store) Snapshot() (*Point, bool) {
 	s.sealing.Lock()
 	defer s.sealing.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for len(s.handovers) > 0 {
+		p := s.handovers[0]
+		if s.sealed == nil || p.Header.Size > s.sealed.Size {
+			return p, true
+		}
+		s.handovers = s.handovers[1:]
+	}
 	if s.head == nil || s.sealed != nil && s.head.Size == s.sealed.Size {
 		return nil, false
 	}
@@ -304,20 +327,47 @@ func (s *Store) WriteTiles(p *Point) error {
 	if err := s.files.writeTiles(out); err != nil {
 		return err
 	}
+	written := map[ledger.TileID]bool{}
+	for _, f := range p.full {
+		written[f.TileID] = true
+	}
 	s.mu.Lock()
-	s.full = s.full[len(p.full):]
+	s.full = slices.DeleteFunc(slices.Clone(s.full), func(f ledger.TileFile) bool { return written[f.TileID] })
+	for _, o := range s.handovers { // they may have been taken before
+		if o != p {
+			o.full = slices.DeleteFunc(o.full, func(f ledger.TileFile) bool { return written[f.TileID] })
+		}
+	}
 	s.mu.Unlock()
 	p.full = nil
 	return nil
 }
 
-// Check verifies a signed checkpoint under the district's policy.
-func (s *Store) Check(note []byte) (*ledger.Sealed, error) { return s.policy.Open(note) }
+// Skip gives up on sealing a point at which the validators changed: those before
+// are not there any more. Their votes on the block stay.
+func (s *Store) Skip(p *Point) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.handovers = slices.DeleteFunc(s.handovers, func(o *Point) bool { return o == p })
+}
+
+// Council returns the validators who decide block h.
+func (s *Store) Council(h ledger.Height) ledger.Council {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.succession.At(h)
+}
+
+// Check verifies the signed checkpoint of the log after block h, under the policy
+// of those who decided it.
+func (s *Store) Check(h ledger.Height, note []byte) (*ledger.Sealed, error) {
+	return s.Council(h).Policy.Open(note)
+}
 
 // Seal makes the checkpoint of a point durable and public. The point's tiles
 // must have been written.
 func (s *Store) Seal(p *Point, note []byte) error {
-	sealed, err := s.policy.Open(note)
+	sealed, err := s.Check(p.Header.Height, note)
 	if err != nil {
 		return err
 	}
