@@ -44,6 +44,9 @@ type host interface {
 	catchUp() decision
 	// decidedRequest reports whether a request was decided.
 	decidedRequest(raw []byte) bool
+	// outvoted reports whether a quorum was seen to prepare another proposal than
+	// this at the view and height.
+	outvoted(at slot, digest ledger.Hash) bool
 	// patient reports whether the leader decides what waits, so that no request's
 	// age alone should depose it.
 	patient() bool

@@ -143,6 +143,8 @@ type cluster struct {
 	timing  Timing
 	now     func() time.Time
 	nodes   []*node // by number - 1
+	// prepare, where set, is called with each validator before it runs.
+	prepare func(n uint64, v *Validator)
 }
 
 type node struct {
@@ -187,6 +189,9 @@ func (c *cluster) start(ns ...uint64) {
 		v, err := New(c.config(n, b))
 		if err != nil {
 			c.t.Fatal(err)
+		}
+		if c.prepare != nil {
+			c.prepare(n, v)
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		nd := &node{v: v, bus: b, stop: cancel, done: make(chan error, 1)}

@@ -48,6 +48,7 @@ type smart struct {
 	// deliverChan is the engine's own; see rescue. delivered counts what it may
 	// be about to send on it.
 	deliverChan chan struct{}
+	inFlight    *inFlight
 	delivered   atomic.Uint64
 	stopRescue  chan struct{}
 	rescuing    sync.WaitGroup
@@ -126,6 +127,9 @@ func (s *smart) start(last decision) error {
 		return err
 	}
 	if s.deliverChan, err = deliverChanOf(s.c); err != nil {
+		return err
+	}
+	if s.inFlight, err = inFlightOf(s.c); err != nil {
 		return err
 	}
 	s.stopRescue = make(chan struct{})
@@ -470,6 +474,12 @@ func (smartCodec) position(metadata []byte) (slot, error) {
 	return slot{View: md.ViewId, Height: ledger.Height(md.LatestSequence)}, nil
 }
 
+// changesView reports whether an entry says that the view is given up.
+func changesView(entry []byte) bool {
+	m := &protos.SavedMessage{}
+	return proto.Unmarshal(entry, m) == nil && m.GetViewChange() != nil
+}
+
 func voteOf(m *protos.Message) (vote, error) {
 	var v vote
 	var err error
@@ -679,6 +689,9 @@ func (s *smart) MembershipChange() bool { return false }
 
 // Append implements the engine's WriteAheadLog.
 func (s *smart) Append(entry []byte, truncate bool) error {
+	if s.started.Load() && changesView(entry) {
+		s.forgetHopeless()
+	}
 	votes, err := smartCodec{}.votes(entry)
 	if err != nil {
 		return err

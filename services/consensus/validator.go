@@ -347,6 +347,10 @@ func (v *Validator) decidedRequest(raw []byte) bool {
 	return v.core.isDecided(ledger.RequestID(raw))
 }
 
+func (v *Validator) outvoted(at slot, d ledger.Hash) bool {
+	return v.transport.witness.outvoted(0, at, d, ledger.Quorum(len(v.core.validators)))
+}
+
 func (v *Validator) patient() bool { return v.intake.patient() }
 
 func (v *Validator) requestsOf(p proposal) []ledger.Hash { return v.core.requestsOf(p) }

@@ -19,8 +19,9 @@ import (
 // said is a vote of a peer with the bytes that prove it.
 type said struct {
 	digest ledger.Hash
-	proof  []byte // head of a parcel with its signature
-	told   bool   // passed on, or heard from somebody who did
+	proof  []byte        // head of a parcel with its signature
+	also   []ledger.Hash // what it said in contradiction, some of it
+	told   bool          // passed on, or heard from somebody who did
 }
 
 // spoken is a slot among one set of members.
@@ -49,6 +50,8 @@ const (
 	// saidMost bounds the slots that are remembered of one validator: who fills
 	// them with far heights only loses its own.
 	saidMost = 256
+	// alsoMost bounds what is remembered of contradictions in one slot.
+	alsoMost = 4
 	// toldMost bounds the votes in one parcel.
 	toldMost = 16
 )
@@ -68,6 +71,9 @@ func (w *witness) note(pc *parcel, proof []byte, told bool) (tell [][]byte) {
 	if have, ok := mine[at]; ok {
 		if have.digest != v.Digest {
 			w.contradicts(from, v, have.proof, proof)
+			if len(have.also) < alsoMost && !slices.Contains(have.also, v.Digest) {
+				have.also = append(have.also, v.Digest)
+			}
 			// Whoever holds one of the two should hold the other.
 			if !have.told {
 				have.told = true
@@ -90,7 +96,7 @@ func (w *witness) note(pc *parcel, proof []byte, told bool) (tell [][]byte) {
 			clear(mine)
 		}
 	}
-	mine[at] = &said{v.Digest, slices.Clone(proof), told}
+	mine[at] = &said{digest: v.Digest, proof: slices.Clone(proof), told: told}
 	if v.Height < floor || v.Height > floor+2 {
 		return nil
 	}
