@@ -680,3 +680,121 @@ func TestDeterminismElsewhere(t *testing.T) {
 	}
 	pass(exec.Command(bin, "-test.run=^(TestDeterminism|TestGovernanceRefuses)$", "-test.short", "-test.v"), "")
 }
+
+func TestNeedIsOfTheMostTellingRule(t *testing.T) {
+	need := func(role string) Need { return Need{Role: role, Officials: 1, Departments: 1} }
+	g := Governance{Version: 1, Default: need("default"), Rules: []Rule{
+		{Type: TypeDevice, Need: need("device")},
+		{Type: TypeDevice, Action: Revoke, Need: need("revoke device")},
+		{Type: TypePolicy, Action: Put, Need: need("put policy")},
+	}}
+	for _, tt := range []struct {
+		typ          EntryType
+		action, want string
+	}{
+		{TypeDevice, Put, "device"}, {TypeDevice, Revoke, "revoke device"}, {TypePolicy, Put, "put policy"}, {TypePolicy, Revoke, "default"}, {TypeService, Put, "default"}, {"lamp", "drop", "default"},
+	} {
+		if got := g.Need(tt.typ, tt.action).Role; got != tt.want {
+			t.Errorf("%s of a %s: got the need of %s, want %s", tt.action, tt.typ, got, tt.want)
+		}
+	}
+}
+
+// FuzzGovernance: what is filed as governance can be met by the officials there
+// are, and comes back from a snapshot as it was.
+func FuzzGovernance(f *testing.F) {
+	start := governed(f)
+	f.Add([]byte(raw(f, testRules)))
+	f.Add([]byte(raw(f, oneRegistrar)))
+	f.Add([]byte(`{"version":1,"rules":[{"type":"device","role":"planner","officials":3,"departments":2,"named":["ann","bob","cem"]}],"default":{"role":"governor","officials":1,"departments":1}}`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		r := start.Clone()
+		c := Change{District: "harbour", Action: Put, Type: TypeGovernance, ID: GovernanceID, Body: body, Nonce: 77, Base: r.Base(TypeGovernance, GovernanceID)}
+		a, err := Approve(testKey("bob"), c)
+		if err != nil {
+			return
+		}
+		c.Approvals = []Approval{a}
+		if err := r.Apply(9, testID("ann"), c); err != nil {
+			if k := kind.Of(err); k != kind.Invalid && k != kind.Conflict {
+				t.Errorf("got an error of kind %v: %v", k, err)
+			}
+			return
+		}
+		again, err := ParseSnapshot(r.Snapshot())
+		if err != nil || again.Hash() != r.Hash() {
+			t.Fatalf("got %v from the snapshot of %s", err, body)
+		}
+		g, _ := again.Governance()
+		if err := again.possible(g, ""); err != nil {
+			t.Errorf("%v: filed as %s", err, body)
+		}
+	})
+}
+
+// FuzzChange: a change reads the same after it was written again.
+func FuzzChange(f *testing.F) {
+	r := governed(f)
+	for _, c := range []Change{approve(f, r, plan(f, 5), "bob", "cem"), change(f, nil)} {
+		b, err := c.Marshal()
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := ParseChange(b)
+		if err != nil {
+			if kind.Of(err) != kind.Invalid {
+				t.Errorf("got an error of kind %v: %v", kind.Of(err), err)
+			}
+			return
+		}
+		in, err := ApprovalInput(c)
+		if err != nil {
+			return
+		}
+		out, err := c.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := ParseChange(out)
+		if err != nil {
+			t.Fatalf("%v in %s", err, out)
+		}
+		if got, err := ApprovalInput(again); err != nil || !bytes.Equal(got, in) {
+			t.Errorf("got %q, %v after a round trip, want %q", got, err, in)
+		}
+	})
+}
+
+// The most that one record can ask of a validator.
+func BenchmarkApprovals(b *testing.B) {
+	for _, n := range []int{0, 1, MaxApprovals} {
+		b.Run(fmt.Sprintf("approvals=%d", n), func(b *testing.B) {
+			g := governedGenesis(b)
+			var names []string
+			for i := range n {
+				names = append(names, fmt.Sprint("o", i))
+				g.Entries = append(g.Entries, entry(b, TypeOfficial, names[i], Official{Key: testPub(names[i]), Department: names[i], Roles: []string{Planner, Registrar}}))
+			}
+			r, err := NewRegistry(g)
+			if err != nil {
+				b.Fatal(err)
+			}
+			c := change(b, nil)
+			if n > 0 {
+				c = approve(b, r, plan(b, 5), names...)
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				b.StopTimer()
+				r := r.Clone()
+				b.StartTimer()
+				if err := r.Apply(2, testID("ann"), c); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/binary"
 	"encoding/hex"
@@ -22,6 +23,7 @@ import (
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/gateway"
 	"github.com/stopline-traffic/stopline/services/internal/district"
 )
 
@@ -92,14 +94,15 @@ there) and stores its seed in FILE as 64 hex digits.
 			if err := enrollable(ctx, *url, *junction, *device, *revoke); err != nil {
 				return err
 			}
-			if err := post(ctx, *url+"/v1/records", e.Marshal()); err != nil {
+			commitment, err := fileRecord(ctx, *url, e)
+			if err != nil {
 				return err
 			}
 			want := identity.Active
 			if *revoke {
 				want = identity.Revoked
 			}
-			if err := inForce(ctx, *url, *device, want, pub); err != nil {
+			if err := inForce(ctx, *url, *device, want, pub, commitment); err != nil {
 				return err
 			}
 			out := map[string]any{"device": *device, "district": d.Genesis.District, "status": want}
@@ -158,15 +161,33 @@ func parsePublic(name string, b []byte) (ed25519.PublicKey, error) {
 	return k, nil
 }
 
-// post sends an envelope and turns anything but a receipt into an error with
-// the server's own words.
-func post(ctx context.Context, url string, envelope []byte) error {
-	_, err := postFor(ctx, url, envelope)
-	return err
+// fileRecord sends a registry record and returns its commitment, hex.
+func fileRecord(ctx context.Context, url string, e identity.Envelope) (string, error) {
+	b, err := post(ctx, url+"/v1/records", e.Marshal())
+	if err != nil {
+		return "", err
+	}
+	var receipt struct{ Commitment []byte }
+	if err := json.Unmarshal(b, &receipt); err != nil || len(receipt.Commitment) != sha256.Size {
+		return "", fmt.Errorf("%s answered without a commitment: %.200s", url, b)
+	}
+	return hex.EncodeToString(receipt.Commitment), nil
 }
 
-// postFor is post, and returns the receipt.
-func postFor(ctx context.Context, url string, envelope []byte) ([]byte, error) {
+// refusal asks why a registry record was refused; nil where it was not, or not
+// yet.
+func refusal(ctx context.Context, url, commitment string) (*gateway.Refusal, error) {
+	var f gateway.Refusal
+	refused, err := getJSON(ctx, url+"/v1/refusals/"+commitment, &f)
+	if err != nil || !refused {
+		return nil, err
+	}
+	return &f, nil
+}
+
+// post sends an envelope and turns anything but a receipt into an error with
+// the server's own words.
+func post(ctx context.Context, url string, envelope []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(envelope))
 	if err != nil {
 		return nil, err
@@ -230,9 +251,16 @@ func enrollable(ctx context.Context, url, junction, device string, revoke bool) 
 }
 
 // inForce waits until the registry has the device, with the status and, where
-// given, the key.
-func inForce(ctx context.Context, url, device string, want identity.Status, key ed25519.PublicKey) error {
+// given, the key, or until the record with the commitment has been refused.
+func inForce(ctx context.Context, url, device string, want identity.Status, key ed25519.PublicKey, commitment string) error {
 	for {
+		f, err := refusal(ctx, url, commitment)
+		if f != nil {
+			return fmt.Errorf("the record was stored, but it was refused by the validators (%s): %s", f.Rule, f.Reason)
+		}
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
 		e, ok, err := entry(ctx, url, identity.TypeDevice, device)
 		if ok && e.Status == want {
 			var d identity.Device
@@ -246,7 +274,7 @@ func inForce(ctx context.Context, url, device string, want identity.Status, key 
 			if err != nil && !errors.Is(err, context.DeadlineExceeded) {
 				return err
 			}
-			return fmt.Errorf("the record was stored, but device %s is not %s in the registry: it was refused, as for a key that another entry has, or it takes longer than --wait", device, want)
+			return fmt.Errorf("the record was stored, but device %s is not %s in the registry yet: it takes longer than --wait", device, want)
 		case <-time.After(100 * time.Millisecond):
 		}
 	}

@@ -38,7 +38,7 @@ func TestEnrol(t *testing.T) {
 		{"the demo's own id", exitFailed, "device rsu-h0101 is in the registry already", []string{"--junction", "h0101", "--device", "rsu-h0101", "--key", key}},
 		{"unknown junction", exitFailed, "junction h9999 is not in the registry", []string{"--junction", "h9999", "--device", "new", "--key", key}},
 		{"revoke an unknown device", exitFailed, "device nobody is not in the registry", []string{"--device", "nobody", "--revoke"}},
-		{"somebody else's key", exitFailed, "it was refused", []string{"--junction", "h0101", "--device", "new", "--key", filepath.Join(d.data, "keys", "rsu-h0101.key"), "--wait", "1s"}},
+		{"somebody else's key", exitFailed, "it was refused by the validators (registry): body.key: ", []string{"--junction", "h0101", "--device", "new", "--key", filepath.Join(d.data, "keys", "rsu-h0101.key")}},
 		{"no key", exitUsage, "either --public-key or --key", []string{"--junction", "h0101", "--device", "new"}},
 		{"two keys", exitUsage, "either --public-key or --key", []string{"--junction", "h0101", "--device", "new", "--key", key, "--public-key", key}},
 		{"no device", exitUsage, "--device", []string{"--junction", "h0101", "--key", key}},

@@ -7,7 +7,6 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -481,15 +480,11 @@ func (o *registryOptions) submit(ctx context.Context, args []string, s streams) 
 	if err := o.current(ctx, p); err != nil {
 		return err
 	}
-	var receipt struct{ Commitment []byte }
-	b, err := postFor(ctx, o.url+"/v1/records", identity.Sign(key, identity.KindRegistry, identity.JSON, payload).Marshal())
+	commitment, err := fileRecord(ctx, o.url, identity.Sign(key, identity.KindRegistry, identity.JSON, payload))
 	if err != nil {
 		return err
 	}
-	if err := json.Unmarshal(b, &receipt); err != nil || len(receipt.Commitment) != 32 {
-		return fmt.Errorf("%s answered without a commitment: %.200s", o.url, b)
-	}
-	e, err := o.settled(ctx, &c, hex.EncodeToString(receipt.Commitment))
+	e, err := o.settled(ctx, &c, commitment)
 	if err != nil {
 		return err
 	}
@@ -503,9 +498,8 @@ func (o *registryOptions) submit(ctx context.Context, args []string, s streams) 
 // settled waits until a change is in force, or refused.
 func (o *registryOptions) settled(ctx context.Context, c *identity.Change, commitment string) (identity.Entry, error) {
 	for {
-		var f gateway.Refusal
-		refused, err := getJSON(ctx, o.url+"/v1/refusals/"+commitment, &f)
-		if err == nil && refused {
+		f, err := refusal(ctx, o.url, commitment)
+		if f != nil {
 			return identity.Entry{}, fmt.Errorf("refused by the validators (%s): %s", f.Rule, f.Reason)
 		}
 		var e identity.Entry
