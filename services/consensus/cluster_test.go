@@ -171,7 +171,7 @@ func TestADecidedRequestDoesNotStayInThePool(t *testing.T) {
 	c.stop(c.all()...) // the engine's own memory of it goes
 	c.start(c.all()...)
 	for _, n := range c.all() {
-		if err := c.nodes[n-1].v.engine.(*smart).c.SubmitRequest(b); err != nil { // past our own checks
+		if err := c.nodes[n-1].v.place().engine.(*smart).c.SubmitRequest(b); err != nil { // past our own checks
 			t.Fatal(err)
 		}
 	}
@@ -188,7 +188,7 @@ func TestADecidedRequestDoesNotStayInThePool(t *testing.T) {
 		t.Errorf("decided %d times, want once", times)
 	}
 	leader := c.nodes[0].v.Stats().Leader
-	if n := c.nodes[leader-1].v.engine.(*smart).c.Pool.Size(); n != 0 {
+	if n := c.nodes[leader-1].v.place().engine.(*smart).c.Pool.Size(); n != 0 {
 		t.Errorf("requests in the leader's pool: got %d, want none", n)
 	}
 }

@@ -107,6 +107,9 @@ type Config struct {
 	VoteKey ed25519.PrivateKey
 	// CosignKey signs checkpoints. Its public half is in the registry.
 	CosignKey ed25519.PrivateKey
+	// NextVoteKey and NextCosignKey take the place of the keys once the registry
+	// says so. Optional.
+	NextVoteKey, NextCosignKey ed25519.PrivateKey
 	// Genesis is the district's genesis document, the exact bytes.
 	Genesis []byte
 	// Dir is the validator's own folder: blocks, payloads, journal, snapshot.
@@ -120,8 +123,20 @@ type Config struct {
 	// Timing is optional.
 	Timing Timing
 	// SnapshotEvery is after how many blocks the state is written down, so that
-	// a start has no more than that to replay. Default 200.
+	// a start has no more than that to replay. Validators with different values
+	// have fewer snapshots in common to help each other with. Default 200.
 	SnapshotEvery int
+	// Retention is for how long payloads are kept, by block time, before they are
+	// let go of; up to an eighth longer, and never so soon that a start or a peer
+	// could not go on from the oldest snapshot. Services that follow decisions and
+	// are away for longer find no payloads. Registry records, headers, leaves,
+	// votes and verdicts are kept for good. Default 7 days; negative: for good.
+	Retention time.Duration
+	// SnapshotBeyond is how many blocks a validator that is behind executes
+	// itself; one that is further behind fetches headers and leaves, and takes a
+	// snapshot of the state that f+1 others have signed. Default 2000; negative:
+	// only where the payloads are gone.
+	SnapshotBeyond int
 	// SegmentBytes is the size of the files that blocks and payloads are stored
 	// in. Default 64 MiB.
 	SegmentBytes int64
@@ -145,6 +160,11 @@ func (c Config) Validate() error {
 	}
 	if len(c.VoteKey) == ed25519.PrivateKeySize && c.VoteKey.Equal(c.CosignKey) {
 		bad("CosignKey: must not be the vote key")
+	}
+	for name, k := range map[string]ed25519.PrivateKey{"NextVoteKey": c.NextVoteKey, "NextCosignKey": c.NextCosignKey} {
+		if k != nil && len(k) != ed25519.PrivateKeySize {
+			bad("%s: has %d bytes", name, len(k))
+		}
 	}
 	if len(c.Genesis) == 0 {
 		bad("Genesis: missing")

@@ -6,11 +6,16 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"google.golang.org/protobuf/proto"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -22,26 +27,24 @@ import (
 // core is a validator without its network: state, stores, keys and rules.
 type core struct {
 	self    uint64
-	key     ed25519.PrivateKey
+	keys    atomic.Pointer[keyring] // in force
+	former  atomic.Pointer[keyring] // before they were replaced; nil if they were not
 	genesis *identity.Genesis
-	now     func() time.Time
-	log     *slog.Logger
-	codec   codec
-	journal *journal
-	store   *store
-	dir     string
-	every   ledger.Height
-	limit   int // of a proposal's payload
-	count   *counters
-
-	// validators are those of genesis: until there is a change of members, votes
-	// of all blocks are checked against them.
-	validators []identity.Validator
+	// genesisBytes is the document that genesis is.
+	genesisBytes []byte
+	now          func() time.Time
+	log          *slog.Logger
+	codec        codec
+	journal      *journal
+	store        *store
+	every        ledger.Height
+	count        *counters
 
 	// mu guards the state and what is computed on it. Blocks are executed with it
 	// held: once each, as the next needs the result.
 	mu       sync.Mutex
 	state    *state
+	inForce  inForce
 	verifier *identity.Verifier
 	// outcomes of proposals on the current state, by their encoded header.
 	outcomes map[string]*outcome
@@ -60,9 +63,16 @@ type core struct {
 	// decided is called with each new block, in order, with mu held; it must not
 	// block.
 	decided func(b *pb.Block, o *outcome)
+	// installed is called when the state has become that of a snapshot, without mu.
+	installed func(ledger.Height)
 
+	// newest is the last block applied, with its payload; guarded by mu.
+	newest *pb.Block
+
+	shelf     *shelf
+	retention time.Duration
 	snapshots sync.WaitGroup
-	writing   sync.Mutex // one snapshot at a time
+	writing   sync.Mutex // one snapshot at a time; also guards purging
 }
 
 func openCore(c Config, cd codec, count *counters) (*core, error) {
@@ -74,27 +84,31 @@ func openCore(c Config, cd codec, count *counters) (*core, error) {
 		return nil, fmt.Errorf("genesis: district %q, this is %q", g.District, c.District)
 	}
 	k := &core{
-		self: c.Number, key: c.VoteKey, genesis: g, now: c.Now, log: c.Logger, codec: cd, dir: c.Dir, count: count,
-		every: ledger.Height(c.SnapshotEvery), validators: st.registry.Validators(), state: st,
+		self: c.Number, genesis: g, now: c.Now, log: c.Logger, codec: cd, genesisBytes: c.Genesis, count: count,
+		every: ledger.Height(c.SnapshotEvery), state: st,
 		verifier: identity.NewVerifier(), outcomes: map[string]*outcome{}, requests: map[ledger.Hash]*request{},
+		retention: c.Retention,
 	}
-	if k.limit = maxPayload(len(k.validators)); k.limit < MaxRequest+4 {
-		return nil, fmt.Errorf("genesis: %d validators are too many: a view change would not fit a message", len(k.validators))
+	if m := membersOf(st.registry); m.limit < MaxRequest+4 {
+		return nil, fmt.Errorf("genesis: %d validators are too many: a view change would not fit a message", len(m.validators))
 	}
-	me, ok := k.validator(c.Number)
-	switch {
-	case !ok:
-		return nil, fmt.Errorf("genesis: no validator %d", c.Number)
-	case !ed25519.PublicKey(me.VoteKey).Equal(c.VoteKey.Public()):
-		return nil, fmt.Errorf("genesis: validator %d: the vote key is another", c.Number)
-	case !ed25519.PublicKey(me.CosignKey).Equal(c.CosignKey.Public()):
-		return nil, fmt.Errorf("genesis: validator %d: the cosigning key is another", c.Number)
-	}
+	k.keys.Store(&keyring{c.VoteKey, c.CosignKey})
 	o := seglog.Options{SegmentBytes: c.SegmentBytes}
 	if k.store, err = openStore(c.Dir, o); err != nil {
 		return nil, err
 	}
-	if err := k.recover(c.Genesis); err != nil {
+	var damaged []error
+	if k.shelf, damaged, err = openShelf(filepath.Join(c.Dir, "snapshots"), st.genesis, k.every); err != nil {
+		return nil, errors.Join(err, k.store.close())
+	}
+	for _, err := range damaged {
+		k.log.Warn("snapshot not used", "err", err)
+	}
+	// Where it was before there were several.
+	if err := os.Remove(filepath.Join(c.Dir, "snapshot")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, errors.Join(err, k.store.close())
+	}
+	if err := k.recover(); err != nil {
 		return nil, errors.Join(err, k.store.close())
 	}
 	if k.journal, err = openJournal(filepath.Join(c.Dir, "journal"), seglog.Options{SegmentBytes: 16 << 20}, cd.votes); err != nil {
@@ -109,74 +123,82 @@ func (k *core) close() error {
 	return errors.Join(k.journal.close(), k.store.close())
 }
 
-func (k *core) validator(n uint64) (identity.Validator, bool) {
-	i := slices.IndexFunc(k.validators, func(v identity.Validator) bool { return v.Number == n })
-	if i < 0 {
-		return identity.Validator{}, false
-	}
-	return k.validators[i], true
-}
-
-func (k *core) numbers() []uint64 {
-	out := make([]uint64, len(k.validators))
-	for i, v := range k.validators {
-		out[i] = v.Number
-	}
-	return out
-}
-
-// recover loads the snapshot, if there is a good one, and replays the blocks
-// after it with the function that applies decided blocks.
-func (k *core) recover(genesis []byte) error {
-	b, err := readFile(k.snapshotPath())
-	if err != nil {
-		return err
-	}
-	if b != nil {
-		if err := k.loadSnapshot(b); err != nil {
-			// Everything in it can be computed again from the blocks.
-			k.log.Warn("snapshot not used", "err", err)
-			if k.state, _, err = newState(genesis); err != nil {
-				return err
-			}
+// recover loads the newest good snapshot, and replays the blocks after it with
+// the function that applies decided blocks. Where the payloads for that are
+// gone, the state stays behind the blocks that are stored: see [core.whole].
+func (k *core) recover() error {
+	list := k.shelf.all()
+	for i := len(list) - 1; i >= 0 && k.state.last == nil; i-- {
+		if err := k.loadSnapshot(list[i].height); err != nil {
+			// Everything in it can be computed again, or asked for.
+			k.log.Warn("snapshot not used", "height", uint64(list[i].height), "err", err)
 		}
 	}
 	from := k.state.height()
-	for h := from + 1; h <= k.store.height(); h++ {
+	if err := k.replay(); err != nil {
+		return err
+	}
+	if h := k.state.height(); h > 0 {
+		k.log.Info("state recovered", "height", uint64(h), "snapshot", uint64(from))
+	}
+	if !k.whole() {
+		k.log.Warn("payloads to go on from are gone: a snapshot must come from peers", "height", uint64(k.state.height()), "blocks", uint64(k.store.height()))
+	}
+	return nil
+}
+
+// replay applies the blocks that are stored beyond the state, as far as their
+// payloads are there.
+func (k *core) replay() error {
+	for h := k.height() + 1; h <= k.store.height(); h++ {
 		m, err := k.store.block(h)
 		if err != nil {
 			return err
+		}
+		hd, err := ledger.ParseHeader(m.Header)
+		if err != nil {
+			return err
+		}
+		if purged(m, hd) {
+			return nil
 		}
 		if _, err := k.applyBlock(m, false); err != nil {
 			return fmt.Errorf("replaying: %w", err)
 		}
 	}
-	if h := k.state.height(); h > 0 {
-		k.log.Info("state recovered", "height", uint64(h), "snapshot", uint64(from))
-	}
 	return nil
 }
 
-func (k *core) loadSnapshot(b []byte) error {
-	if err := k.state.unmarshal(b); err != nil {
-		return err
-	}
-	if k.state.last == nil {
-		return nil
-	}
-	h, err := k.store.header(k.state.last.Height)
+func (k *core) loadSnapshot(h ledger.Height) error {
+	b, err := k.shelf.load(h)
 	if err != nil {
 		return err
 	}
-	if h.Hash() != k.state.hash() {
-		return fmt.Errorf("snapshot: block %d is another in the store", h.Height)
+	st, _, err := newState(k.genesisBytes)
+	if err != nil {
+		return err
 	}
+	if err := st.unmarshal(b); err != nil {
+		return err
+	}
+	have, err := k.store.header(h)
+	if err != nil {
+		return err
+	}
+	if have.Hash() != st.hash() {
+		return fmt.Errorf("snapshot: block %d is another in the store", h)
+	}
+	k.state = st
 	return nil
 }
 
-func (k *core) snapshotPath() string { return filepath.Join(k.dir, "snapshot") }
+// whole reports whether the state is that after the last block stored. If it is
+// not, a snapshot is needed from peers, and this validator has no part in
+// anything until it has one.
+func (k *core) whole() bool { return k.height() == k.store.height() }
 
-// snapshot writes the state down beside other work. It needs mu.
+// snapshot writes the state down beside other work, and lets go of payloads that
+// are not needed any more. It needs mu.
 func (k *core) snapshot() {
 	s := k.state.freeze() // of a large district encoding it takes longer than a block
 	k.snapshots.Go(func() {
@@ -184,11 +206,18 @@ func (k *core) snapshot() {
 		defer k.writing.Unlock()
 		b, err := s.marshal()
 		if err == nil {
-			err = replaceFile(k.snapshotPath(), b)
+			err = k.shelf.put(b, s.registryHash)
 		}
 		if err != nil {
 			k.log.Error("snapshot failed", "err", err) // the blocks have it all
+			return
 		}
+		gone, err := k.store.purge(k.shelf.oldest(), s.last.Time, k.retention)
+		if err != nil {
+			k.log.Error("payloads not purged", "err", err)
+			return
+		}
+		k.count.purged.Store(gone)
 	})
 }
 
@@ -278,7 +307,7 @@ func (k *core) assemble(at slot, metadata []byte, raws [][]byte) proposal {
 		if err != nil || seen[r.id] || k.state.decided.has(r.id) {
 			continue
 		}
-		if records+len(r.candidates) > MaxBlockRecords && len(rs) > 0 || size+4+len(raw) > k.limit {
+		if records+len(r.candidates) > MaxBlockRecords && len(rs) > 0 || size+4+len(raw) > k.set().limit {
 			break
 		}
 		seen[r.id] = true
@@ -347,8 +376,8 @@ func (k *core) verify(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error)
 }
 
 func (k *core) check(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) {
-	if len(p.Payload) > k.limit {
-		return nil, refuse(refusedForm, "payload: %d bytes, at most %d", len(p.Payload), k.limit)
+	if limit := k.members().limit; len(p.Payload) > limit {
+		return nil, refuse(refusedForm, "payload: %d bytes, at most %d", len(p.Payload), limit)
 	}
 	h, err := ledger.ParseHeader(p.Header)
 	if err != nil {
@@ -470,7 +499,7 @@ func (k *core) signVote(at slot, d ledger.Hash, p proposal) ([]byte, error) {
 	if _, err := k.execute(h, p); err != nil {
 		return nil, err
 	}
-	return ed25519.Sign(k.key, ledger.VoteInput(h.Hash(), p.Metadata)), nil
+	return ed25519.Sign(k.keys.Load().vote, ledger.VoteInput(h.Hash(), p.Metadata)), nil
 }
 
 // checkVote verifies a vote, and that the proposal's payload is the one that
@@ -484,7 +513,7 @@ func (k *core) checkVote(p proposal, v ledger.Vote) error {
 	if ledger.RequestsDigest(ids) != h.Requests {
 		return fmt.Errorf("block %d: requests: the payload is another", h.Height)
 	}
-	val, ok := k.validator(v.Validator)
+	val, ok := k.members().validator(v.Validator)
 	if !ok {
 		return fmt.Errorf("block %d: no validator %d", h.Height, v.Validator)
 	}
@@ -515,10 +544,10 @@ func (k *core) viewInput(b []byte) []byte {
 	return append(in, b...)
 }
 
-func (k *core) signView(b []byte) []byte { return ed25519.Sign(k.key, k.viewInput(b)) }
+func (k *core) signView(b []byte) []byte { return ed25519.Sign(k.keys.Load().vote, k.viewInput(b)) }
 
 func (k *core) checkView(from uint64, b, sig []byte) error {
-	v, ok := k.validator(from)
+	v, ok := k.members().validator(from)
 	if !ok {
 		return fmt.Errorf("view data: no validator %d", from)
 	}
@@ -553,21 +582,72 @@ const refusalsTold = 8
 // errAhead means that a block is not the next.
 var errAhead = errors.New("not the next block")
 
-// applyBlock executes a decided block on the state, checks it with its votes,
-// stores it if asked to, and advances. It is the one way by which the state
-// changes: on Deliver, on catching up and on replay.
+// fatalError is one after which this validator must not go on.
+type fatalError struct{ error }
+
+func (e fatalError) Unwrap() error { return e.error }
+
+// applyBlock applies one block; see [core.applyBlocks].
 func (k *core) applyBlock(m *pb.Block, storeIt bool) (*outcome, error) {
+	var o *outcome
+	_, err := k.applyBlocks([]*pb.Block{m}, storeIt, func(out *outcome) { o = out })
+	return o, err
+}
+
+// applyBlocks executes decided blocks one after another on the state, checks
+// each with its votes, stores them if asked to, and advances. It is the one way
+// by which blocks change the state: on Deliver, on catching up and on replay. It
+// returns how many were applied, and why not the next. A [fatalError] means that
+// they could not be stored.
+func (k *core) applyBlocks(ms []*pb.Block, storeIt bool, each func(*outcome)) (n int, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var done []*appliedBlock
+	for _, m := range ms {
+		var a *appliedBlock
+		if a, err = k.executeBlock(m); err != nil {
+			break
+		}
+		done = append(done, a)
+		if k.every > 0 && a.block.Header.Height%k.every == 0 {
+			if err = k.settle(done, storeIt); err != nil {
+				return n, err
+			}
+			n += len(done)
+			done = nil
+		}
+		if each != nil {
+			each(a.outcome)
+		}
+	}
+	if err2 := k.settle(done, storeIt); err2 != nil {
+		return n, err2
+	}
+	return n + len(done), err
+}
+
+// appliedBlock is a block that has changed the state in memory.
+type appliedBlock struct {
+	*outcome
+	block   *ledger.Block
+	changed bool // the registry
+}
+
+// executeBlock checks a block and advances the state by it. It needs mu, and
+// nobody may see that state until [core.settle].
+func (k *core) executeBlock(m *pb.Block) (*appliedBlock, error) {
 	h, err := ledger.ParseHeader(m.Header)
 	if err != nil {
 		return nil, err
 	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
 	if h.Height != k.state.height()+1 {
 		return nil, fmt.Errorf("block %d after %d: %w", h.Height, k.state.height(), errAhead)
 	}
 	if h.Parent != k.state.hash() {
 		return nil, fmt.Errorf("block %d: parent: is not the block before", h.Height)
+	}
+	if purged(m, h) {
+		return nil, fmt.Errorf("block %d: %w", h.Height, errPurged)
 	}
 	o, err := k.execute(h, proposal{Header: m.Header, Payload: encodePayload(m.Batches), Metadata: m.Metadata})
 	if err != nil {
@@ -577,17 +657,13 @@ func (k *core) applyBlock(m *pb.Block, storeIt bool) (*outcome, error) {
 	for _, v := range m.Votes {
 		block.Votes = append(block.Votes, ledger.Vote{Validator: v.Validator, Signature: v.Signature})
 	}
-	if err := block.Check(k.state.genesis, k.state.last, k.state.tree.Clone(), k.validators); err != nil {
+	if err := block.Check(k.state.genesis, k.state.last, k.state.tree.Clone(), k.set().validators); err != nil {
 		return nil, err
 	}
 	if len(m.Leaves) > 0 && string(m.Leaves) != string(ledger.MarshalLeaves(o.leaves)) {
 		return nil, fmt.Errorf("block %d: leaves: do not follow from the records", h.Height)
 	}
-	if storeIt {
-		if err := k.store.append(block, o.batches, o.verdicts); err != nil {
-			return nil, err
-		}
-	}
+	changed := o.registry != k.state.registry
 	if err := k.state.advance(o); err != nil {
 		return nil, err
 	}
@@ -595,36 +671,62 @@ func (k *core) applyBlock(m *pb.Block, storeIt bool) (*outcome, error) {
 	for _, id := range o.ids {
 		delete(k.requests, id)
 	}
+	return &appliedBlock{o, block, changed}, nil
+}
+
+// settle makes blocks durable that the state has advanced by, and tells of them.
+// It needs mu.
+func (k *core) settle(bs []*appliedBlock, storeIt bool) error {
+	if len(bs) == 0 {
+		return nil
+	}
+	var fresh []stored
+	for _, a := range bs {
+		if a.block.Header.Height > k.store.height() {
+			fresh = append(fresh, stored{block: a.block, verdicts: a.verdicts, batches: a.batches, keep: a.changed})
+		}
+	}
 	if storeIt {
-		k.journal.settled(h.Height)
-		if k.every > 0 && h.Height%k.every == 0 {
-			k.snapshot()
+		if err := k.store.append(fresh...); err != nil {
+			return fatalError{err}
 		}
 	}
-	k.count.block(o)
-	if storeIt {
-		for _, r := range o.refused[:min(len(o.refused), refusalsTold)] {
-			k.log.Warn("record refused", "height", uint64(h.Height), "rule", r.rule, "reason", r.reason, "commitment", fmt.Sprintf("%x", r.commitment))
+	for _, a := range bs {
+		h := a.block.Header.Height
+		if storeIt {
+			k.journal.settled(h)
+			for _, r := range a.refused[:min(len(a.refused), refusalsTold)] {
+				k.log.Warn("record refused", "height", uint64(h), "rule", r.rule, "reason", r.reason, "commitment", fmt.Sprintf("%x", r.commitment))
+			}
+			if n := len(a.refused) - refusalsTold; n > 0 {
+				k.log.Warn("more records refused", "height", uint64(h), "count", n)
+			}
 		}
-		if n := len(o.refused) - refusalsTold; n > 0 {
-			k.log.Warn("more records refused", "height", uint64(h.Height), "count", n)
+		k.count.block(a.outcome)
+		k.newest = wire.BlockToProto(a.block, a.batches, a.verdicts)
+		if k.decided != nil {
+			k.decided(k.newest, a.outcome)
 		}
 	}
-	if k.decided != nil {
-		k.decided(wire.BlockToProto(block, o.batches, o.verdicts), o)
+	if h := k.state.height(); storeIt && k.every > 0 && h%k.every == 0 {
+		k.snapshot()
 	}
-	return o, nil
+	return nil
 }
 
 // last returns the last decision in the engine's terms.
 func (k *core) last() (decision, error) {
-	h := k.store.height()
+	k.mu.Lock()
+	h, m := k.state.height(), k.newest
+	k.mu.Unlock()
 	if h == 0 {
 		return decision{}, nil
 	}
-	m, err := k.store.block(h)
-	if err != nil {
-		return decision{}, err
+	if m == nil { // from a snapshot
+		var err error
+		if m, err = k.store.block(h); err != nil {
+			return decision{}, err
+		}
 	}
 	d := decision{Proposal: proposal{Header: m.Header, Payload: encodePayload(m.Batches), Metadata: m.Metadata}}
 	for _, v := range m.Votes {
@@ -634,20 +736,21 @@ func (k *core) last() (decision, error) {
 }
 
 // blocks returns consecutive blocks from a height on, at least one if there is
-// one, within the limits.
-func (k *core) blocks(ctx context.Context, from ledger.Height, maxBlocks, maxBytes int) ([]*pb.Block, error) {
+// one, within the limits; where headers is set, without payloads that are not
+// kept for good.
+func (k *core) blocks(ctx context.Context, from ledger.Height, maxBlocks, maxBytes int, headers bool) ([]*pb.Block, error) {
 	var out []*pb.Block
 	size := 0
 	for h := from; h > 0 && h <= k.store.height() && len(out) < maxBlocks && ctx.Err() == nil; h++ {
-		m, err := k.store.block(h)
+		read := k.store.block
+		if headers {
+			read = k.store.headers
+		}
+		m, err := read(h)
 		if err != nil {
 			return nil, err
 		}
-		for _, b := range m.Batches {
-			size += len(b)
-		}
-		size += len(m.Header) + len(m.Leaves) + 1024
-		if len(out) > 0 && size > maxBytes {
+		if size += proto.Size(m) + 16; len(out) > 0 && size > maxBytes {
 			break
 		}
 		out = append(out, m)

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -158,7 +157,10 @@ func TestVerifyProposalRefuses(t *testing.T) {
 		}},
 		{"cut payload", refusedForm, "truncated", func(_ *testing.T, _ *bench, p proposal) proposal { p.Payload = p.Payload[:len(p.Payload)-1]; return p }},
 		{"cut header", refusedForm, "header", func(_ *testing.T, _ *bench, p proposal) proposal { p.Header = p.Header[1:]; return p }},
-		{"too large", refusedForm, "at most", func(_ *testing.T, b *bench, p proposal) proposal { p.Payload = make([]byte, b.k.limit+1); return p }},
+		{"too large", refusedForm, "at most", func(_ *testing.T, b *bench, p proposal) proposal {
+			p.Payload = make([]byte, b.k.members().limit+1)
+			return p
+		}},
 		{"decided request", refusedDecided, "was decided before", payload(func(_ *bench, have [][]byte) [][]byte { return append(have, decidedBatch) })},
 		{"request twice", refusedDecided, "was decided before", payload(func(_ *bench, have [][]byte) [][]byte { return append(have, have[0]) })},
 		{"no batch", refusedRequest, "batches[2]: request: Batch", payload(func(_ *bench, have [][]byte) [][]byte { return append(have, []byte("junk")) })},
@@ -319,30 +321,45 @@ func TestRecoveryGivesTheSameState(t *testing.T) {
 	if got := b.n.stats().Blocks; got != 2 {
 		t.Errorf("blocks replayed after the snapshot: got %d, want 2", got)
 	}
-	snapshot := filepath.Join(b.c.Dir, "snapshot")
-	good, err := os.ReadFile(snapshot)
-	if err != nil {
-		t.Fatal(err)
-	}
+	// Snapshots at 3 and 6, each damaged in its turn: the newest first.
 	for i, damage := range []func([]byte) []byte{
 		func(b []byte) []byte { b[len(b)/2] ^= 1; return b },
 		func(b []byte) []byte { return b[:len(b)/2] },
 		func(b []byte) []byte { return nil },
 	} {
-		if err := os.WriteFile(snapshot, damage(bytes.Clone(good)), 0o600); err != nil {
+		for k, h := range []ledger.Height{6, 3} {
+			path := b.k.shelf.path(h)
+			good, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, damage(good), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			b.reopen()
+			check("with a damaged snapshot")
+			if got, want := b.n.stats().Blocks, uint64(5+3*k); got != want {
+				t.Errorf("damage %d: blocks replayed: got %d, want %d", i, got, want)
+			}
+		}
+		// Good ones again, from the state that was recovered.
+		blocks, err := b.k.blocks(t.Context(), 1, 100, 1<<30, false)
+		if err != nil {
 			t.Fatal(err)
 		}
-		b.reopen()
-		check("with a damaged snapshot")
-		if got := b.n.stats().Blocks; got != 8 {
-			t.Errorf("damage %d: blocks replayed: got %d, want all 8", i, got)
+		if err := b.k.close(); err != nil {
+			t.Fatal(err)
 		}
+		if err := os.RemoveAll(b.c.Dir); err != nil {
+			t.Fatal(err)
+		}
+		b.open()
+		if n, err := b.k.applyBlocks(blocks, true, nil); n != 8 || err != nil {
+			t.Fatalf("applied %d blocks, %v, want 8", n, err)
+		}
+		b.k.snapshots.Wait()
+		check("from the blocks")
 	}
-	if err := os.Remove(snapshot); err != nil {
-		t.Fatal(err)
-	}
-	b.reopen()
-	check("without a snapshot")
 }
 
 // A crash between the payload and its block leaves a payload that the same
@@ -464,8 +481,8 @@ func TestABlockIsBounded(t *testing.T) {
 	}
 	b.decide(p)
 	p = b.propose(large...)
-	if got, err = decodePayload(p.Payload); err != nil || len(got) != 2 || len(p.Payload) > b.k.limit {
-		t.Errorf("of 5 requests of 880 KiB: got %d in a block of %d bytes, err %v; want 2 within %d", len(got), len(p.Payload), err, b.k.limit)
+	if got, err = decodePayload(p.Payload); err != nil || len(got) != 2 || len(p.Payload) > b.k.members().limit {
+		t.Errorf("of 5 requests of 880 KiB: got %d in a block of %d bytes, err %v; want 2 within %d", len(got), len(p.Payload), err, b.k.members().limit)
 	}
 	if err := b.verify(p); err != nil {
 		t.Errorf("the fullest block: got %v, want it taken", err)
@@ -487,8 +504,16 @@ func TestConfigSaysAllThatIsWrong(t *testing.T) {
 	if err := c.Validate(); err == nil || !strings.Contains(err.Error(), "must not be the vote key") {
 		t.Errorf("one key for two purposes: got %v", err)
 	}
-	c.CosignKey, c.Dir = cosignKey(2), t.TempDir()
-	if _, err := openCore(c, smartCodec{}, &counters{}); err == nil || !strings.Contains(err.Error(), "the cosigning key is another") {
+	c.CosignKey, c.NextVoteKey = cosignKey(2), voteKey(7)
+	if _, err := c.keysOf(entry(1)); err == nil || !strings.Contains(err.Error(), "the cosigning key is another") {
 		t.Errorf("another's key: got %v", err)
+	}
+	if _, err := c.keysOf(entry(2)); err == nil || !strings.Contains(err.Error(), "the vote key is another") {
+		t.Errorf("another's key: got %v", err)
+	}
+	rotated := entry(2)
+	rotated.VoteKey = pub(voteKey(7))
+	if k, err := c.keysOf(rotated); err != nil || !k.vote.Equal(voteKey(7)) || !k.cosign.Equal(cosignKey(2)) {
+		t.Errorf("the next vote key: got %v", err)
 	}
 }

@@ -44,6 +44,9 @@ type host interface {
 	catchUp() decision
 	// decidedRequest reports whether a request was decided.
 	decidedRequest(raw []byte) bool
+	// over reports that the members have changed: the engine is about to be
+	// stopped, nothing of it counts any more, and it should begin nothing.
+	over() bool
 	// outvoted reports whether a quorum was seen to prepare another proposal than
 	// this at the view and height.
 	outvoted(at slot, digest ledger.Hash) bool

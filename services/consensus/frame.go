@@ -24,7 +24,8 @@ import (
 type parcel struct {
 	Kind     parcelKind
 	From, To uint64
-	// Config counts the changes of members; there are none yet.
+	// Config says for which members the sender speaks: the height of the block
+	// that made them so, 0 for those of genesis.
 	Config uint64
 	Start  start
 	// Seq rises with each parcel of one start to one receiver: what was sent once

@@ -142,7 +142,8 @@ type cluster struct {
 	dir     string
 	timing  Timing
 	now     func() time.Time
-	nodes   []*node // by number - 1
+	tune    func(*Config) // optional: changes a validator's configuration
+	nodes   []*node       // by number - 1
 	// prepare, where set, is called with each validator before it runs.
 	prepare func(n uint64, v *Validator)
 }
@@ -174,8 +175,12 @@ func newCluster(t testing.TB, n int) *cluster {
 func (c *cluster) path(n uint64) string { return filepath.Join(c.dir, fmt.Sprint(n)) }
 
 func (c *cluster) config(n uint64, b *bus.Bus) Config {
-	return Config{District: harbour, Number: n, VoteKey: voteKey(n), CosignKey: cosignKey(n), Genesis: c.genesis, Dir: c.path(n), Bus: b,
+	cfg := Config{District: harbour, Number: n, VoteKey: voteKey(n), CosignKey: cosignKey(n), Genesis: c.genesis, Dir: c.path(n), Bus: b,
 		Now: c.now, Logger: servicetest.Logger(c.t), Timing: c.timing, SnapshotEvery: 5}
+	if c.tune != nil {
+		c.tune(&cfg)
+	}
+	return cfg
 }
 
 // start starts validators and returns when they take part.
@@ -298,7 +303,7 @@ func (c *cluster) decided(b []byte, ns ...uint64) {
 func (c *cluster) blocks(n uint64) []*pb.Block {
 	c.t.Helper()
 	nd := c.nodes[n-1]
-	out, err := nd.v.core.blocks(context.Background(), 1, 1<<20, 1<<30)
+	out, err := nd.v.core.blocks(context.Background(), 1, 1<<20, 1<<30, false)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -317,6 +322,7 @@ func (c *cluster) check() []*pb.Block {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	first := reg.Validators()
 	var longest []*pb.Block
 	for i, nd := range c.nodes {
 		if nd == nil {
@@ -324,16 +330,18 @@ func (c *cluster) check() []*pb.Block {
 		}
 		var parent *ledger.Header
 		tree := &ledger.Frontier{}
+		validators := first
 		bs := c.blocks(uint64(i + 1))
 		for h, m := range bs {
 			b, err := wire.BlockFromProto(m)
 			if err != nil {
 				c.t.Fatalf("validator %d: %v", i+1, err)
 			}
-			if err := b.Check(sha256.Sum256(c.genesis), parent, tree, reg.Validators()); err != nil {
+			if err := b.Check(sha256.Sum256(c.genesis), parent, tree, validators); err != nil {
 				c.t.Fatalf("validator %d: %v", i+1, err)
 			}
 			parent = &b.Header
+			validators = after(c.t, validators, m)
 			if h < len(longest) && (!bytes.Equal(m.Header, longest[h].Header) || !bytes.Equal(m.Verdicts, longest[h].Verdicts)) {
 				c.t.Fatalf("validator %d: block %d differs from another validator's", i+1, h+1)
 			}
@@ -343,6 +351,28 @@ func (c *cluster) check() []*pb.Block {
 		}
 	}
 	return longest
+}
+
+// after returns the validators that decide what follows a block.
+func after(t testing.TB, validators []identity.Validator, m *pb.Block) []identity.Validator {
+	t.Helper()
+	i := 0
+	for _, raw := range m.Batches {
+		b, err := wire.DecodeBatch(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range b.Records {
+			c := wire.Candidate(r.Envelope, r.Salt)
+			if ledger.Verdicts(m.Verdicts).Accepted(i) && c.Change != nil && c.Change.Type == identity.TypeValidator {
+				if validators, err = identity.ChangeMembers(validators, *c.Change); err != nil {
+					t.Fatal(err)
+				}
+			}
+			i++
+		}
+	}
+	return validators
 }
 
 // where finds a batch: how often it was decided, and the verdicts on its

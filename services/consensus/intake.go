@@ -3,6 +3,7 @@ package consensus
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 type intake struct {
 	v        *Validator
 	verifier *identity.Verifier // owned by the consumer's handler
+	engine   engine             // that requests go to; owned by the consumer's handler
 
 	mu      sync.Mutex
 	waiting map[ledger.Hash]*waiting
@@ -69,17 +71,41 @@ func (in *intake) run(ctx context.Context) error {
 	defer wg.Wait()
 	defer cancel()
 	wg.Go(func() { in.finish(ctx) })
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-in.v.ready: // nothing to submit to before
-	}
 	for ctx.Err() == nil {
-		if err := in.consume(ctx); err != nil {
+		s, err := in.v.seated(ctx) // nothing to submit to before
+		if err != nil {
+			return err
+		}
+		if err := in.serve(ctx, s); err != nil {
 			return err
 		}
 	}
 	return ctx.Err()
+}
+
+// serve consumes for the members of a seat, until there are others: what their
+// engine was given is then given to the next, in the stream's order.
+func (in *intake) serve(ctx context.Context, s *seat) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(stop)
+	wg.Go(func() {
+		select {
+		case <-s.left:
+			cancel()
+		case <-stop:
+		}
+	})
+	in.engine = s.engine
+	for ctx.Err() == nil {
+		if err := in.consume(ctx); err != nil && ctx.Err() == nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // consume takes messages in the order of the stream, which is the order of each
@@ -105,12 +131,12 @@ func (in *intake) consume(ctx context.Context) error {
 		Batch: 16, MaxAckPending: poolRequests, AckWait: ackWait,
 		MaxDeliver: 1 << 30, // a message waits for its decision however often we restart
 		Manual:     true,
-	}, func(handling context.Context, msgs []*bus.Msg) error {
+	}, func(_ context.Context, msgs []*bus.Msg) error {
 		for _, m := range msgs {
 			if ctx.Err() != nil {
 				break // it comes again
 			}
-			in.handle(handling, m)
+			in.handle(ctx, m)
 		}
 		return nil
 	})
@@ -201,7 +227,7 @@ func (in *intake) take(ctx context.Context, m *bus.Msg) error {
 			in.decided([]ledger.Hash{r.id})
 			continue
 		}
-		if err := in.v.engine.submit(raw); err != nil {
+		if err := in.engine.submit(raw); err != nil {
 			return kind.Errorf(kind.Unavailable, "consensus: %w", err)
 		}
 	}
@@ -243,6 +269,17 @@ func (in *intake) patient() bool {
 		}
 	}
 	return true
+}
+
+// recheck finds out which of the waiting requests were decided elsewhere.
+func (in *intake) recheck() {
+	in.mu.Lock()
+	var ids []ledger.Hash
+	for id := range in.waiting {
+		ids = append(ids, id)
+	}
+	in.mu.Unlock()
+	in.decided(slices.DeleteFunc(ids, func(id ledger.Hash) bool { return !in.v.core.isDecided(id) }))
 }
 
 // decided tells that requests are decided and durable. It does not block.

@@ -73,6 +73,7 @@ type journal struct {
 	votes   map[slot]vote // of heights from floor on
 	floor   ledger.Height
 	own     start
+	config  uint64               // the members that the entries belong to
 	peers   map[uint64]peerStart // the newest start seen of each
 }
 
@@ -83,6 +84,7 @@ const (
 	recVote     = 'v' // JSON of a vote
 	recStart    = 's' // JSON of a start of ours
 	recPeer     = 'p' // JSON of a peerStart
+	recConfig   = 'c' // JSON of a number: other members, entries before are of no use
 	recMemory   = 'm' // JSON of memory: all of our own that the records before say
 )
 
@@ -94,9 +96,10 @@ type peerStart struct {
 }
 
 type memory struct {
-	Own   start       `json:"own"`
-	Votes []vote      `json:"votes"`
-	Peers []peerStart `json:"peers"`
+	Own    start       `json:"own"`
+	Config uint64      `json:"config"`
+	Votes  []vote      `json:"votes"`
+	Peers  []peerStart `json:"peers"`
 }
 
 // votesIn reads the votes that saving an engine's entry amounts to.
@@ -155,12 +158,15 @@ func (j *journal) replay(rec []byte, read votesIn) error {
 		}
 		j.peers[p.Peer] = p
 		return nil
+	case recConfig:
+		j.entries = nil
+		return json.Unmarshal(body, &j.config)
 	case recMemory:
 		var m memory
 		if err := json.Unmarshal(body, &m); err != nil {
 			return err
 		}
-		j.own = m.Own
+		j.own, j.config = m.Own, m.Config
 		for _, v := range m.Votes {
 			j.votes[v.slot] = v
 		}
@@ -247,7 +253,7 @@ func (j *journal) save(entry []byte, truncate bool, votes []vote) error {
 		durable()
 		return nil
 	}
-	m := memory{Own: j.own}
+	m := memory{Own: j.own, Config: j.config}
 	for _, v := range j.votes {
 		m.Votes = append(m.Votes, v)
 	}
@@ -301,6 +307,24 @@ func (j *journal) permit(v vote) error {
 		return err
 	}
 	j.votes[v.slot] = v
+	return nil
+}
+
+// configure drops the engine's entries if they belong to other members than
+// those of a configuration: their engine is gone. The votes stay.
+func (j *journal) configure(config uint64) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.config == config {
+		return nil
+	}
+	if j.config > config {
+		return fmt.Errorf("journal: is of the members since block %d, the blocks are of those since %d: the disk is not whole", j.config, config)
+	}
+	if err := j.appendJSON(recConfig, config); err != nil {
+		return err
+	}
+	j.config, j.entries = config, nil
 	return nil
 }
 

@@ -18,6 +18,8 @@ type counters struct {
 	replayed, restored, equivocations, withheld                atomic.Uint64
 	cosigned, cosignRefused, published, publishRetries, badReq atomic.Uint64
 	gone                                                       atomic.Uint64
+	elsewhere, strangers                                       atomic.Uint64
+	purged, headers, taken, falseAnswers, falseSnapshots       atomic.Uint64
 
 	mu      sync.Mutex
 	refused map[string]uint64
@@ -69,6 +71,13 @@ type Stats struct {
 	// an old start of a peer. Equivocations counts pairs of votes in one slot,
 	// Withheld our own votes that were not sent because they would have been one.
 	Replayed, Restored, Equivocations, Withheld uint64
+	// Elsewhere counts valid messages meant for other members than those in force
+	// here, Strangers messages in the name of who is no validator.
+	Elsewhere, Strangers uint64
+	// Members is the height of the block that made the validators what they are, 0
+	// for genesis; Validators are their numbers.
+	Members    ledger.Height
+	Validators []uint64
 	// Cosigned and CosignRefused count answers to sealing.
 	Cosigned, CosignRefused uint64
 	// Published is the height of the last decision in the stream, PublishRetries
@@ -77,6 +86,13 @@ type Stats struct {
 	// BadRequests counts messages of ACCEPTED that are no batch, Gone those that
 	// left it before this validator had acknowledged them.
 	BadRequests, Gone uint64
+	// Headers counts the blocks that came from peers without being executed here,
+	// Snapshots the states taken from peers. FalseAnswers counts answers with
+	// blocks or parts of snapshots that are not what they should be,
+	// FalseSnapshots validators that signed another state than f+1 others.
+	Headers, Snapshots, FalseAnswers, FalseSnapshots uint64
+	// Purged is how many payloads have been let go of, the first blocks'.
+	Purged uint64
 }
 
 func (c *counters) stats() Stats {
@@ -85,7 +101,10 @@ func (c *counters) stats() Stats {
 		Sent: c.sent.Load(), Resent: c.resent.Load(), Received: c.received.Load(), Dropped: c.dropped.Load(), Invalid: c.invalid.Load(),
 		Replayed: c.replayed.Load(), Restored: c.restored.Load(), Equivocations: c.equivocations.Load(), Withheld: c.withheld.Load(),
 		Cosigned: c.cosigned.Load(), CosignRefused: c.cosignRefused.Load(), Published: c.published.Load(),
+		Elsewhere: c.elsewhere.Load(), Strangers: c.strangers.Load(),
 		PublishRetries: c.publishRetries.Load(), BadRequests: c.badReq.Load(), Gone: c.gone.Load(),
+		Headers: c.headers.Load(), Snapshots: c.taken.Load(), FalseAnswers: c.falseAnswers.Load(), FalseSnapshots: c.falseSnapshots.Load(),
+		Purged: c.purged.Load(),
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

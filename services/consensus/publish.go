@@ -44,12 +44,18 @@ func (p *publisher) add(h ledger.Height, b *pb.Block) {
 	p.recent[h] = enc
 	delete(p.recent, h-recentBlocks)
 	p.mu.Unlock()
+	p.look()
+}
+
+// look has the publisher see what is stored. It does not block.
+func (p *publisher) look() {
 	select {
 	case p.wake <- struct{}{}:
 	default:
 	}
 }
 
+// block returns nil for a block without its payload: others have published it.
 func (p *publisher) block(h ledger.Height) ([]byte, error) {
 	p.mu.Lock()
 	enc, ok := p.recent[h]
@@ -59,6 +65,9 @@ func (p *publisher) block(h ledger.Height) ([]byte, error) {
 	}
 	b, err := p.v.core.store.block(h)
 	if err != nil {
+		return nil, err
+	}
+	if hd, err := ledger.ParseHeader(b.Header); err != nil || purged(b, hd) {
 		return nil, err
 	}
 	return wire.EncodeBlock(b), nil

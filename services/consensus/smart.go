@@ -667,6 +667,10 @@ func (s *smart) Deliver(p types.Proposal, sigs []types.Signature) types.Reconfig
 	}
 	s.host.decide(ours(p), votes)
 	s.delivered.Add(1)
+	if s.host.over() {
+		s.c.Pool.Close() // with nothing in it, nothing is proposed until it is stopped
+		return types.Reconfig{}
+	}
 	// The engine counts each request's age from when it came, and complains of a
 	// leader that is only busy. Here it counts from the last decision; but not
 	// while views change, when the timers must rest.
@@ -680,6 +684,9 @@ func (s *smart) Deliver(p types.Proposal, sigs []types.Signature) types.Reconfig
 func (s *smart) Sync() types.SyncResponse {
 	p, sigs := toSmart(s.host.catchUp())
 	s.forget()
+	if s.host.over() {
+		s.c.Pool.Close()
+	}
 	s.delivered.Add(1)
 	return types.SyncResponse{Latest: types.Decision{Proposal: p, Signatures: sigs}}
 }

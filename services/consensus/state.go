@@ -295,16 +295,9 @@ func (s *state) marshal() ([]byte, error) {
 
 // unmarshal sets s, a fresh state of the same genesis, to what was encoded.
 func (s *state) unmarshal(b []byte) error {
-	if len(b) < len(snapshotMagic)+32 || !bytes.HasPrefix(b, []byte(snapshotMagic)) {
-		return errors.New("snapshot: not in the form of stopline validator state v1")
-	}
-	body, sum := b[:len(b)-32], b[len(b)-32:]
-	if got := sha256.Sum256(body); !bytes.Equal(got[:], sum) {
-		return errors.New("snapshot: damaged: its digest does not match")
-	}
-	parts, err := splitSections(body[len(snapshotMagic):], 6)
+	parts, err := snapshotParts(b)
 	if err != nil {
-		return fmt.Errorf("snapshot: %w", err)
+		return err
 	}
 	if !bytes.Equal(parts[0], s.genesis[:]) {
 		return errors.New("snapshot: belongs to another district")
@@ -347,6 +340,23 @@ func (s *state) unmarshal(b []byte) error {
 		s.decided.add(at, ids)
 	}
 	return nil
+}
+
+// snapshotParts checks a snapshot's form and digest and returns its sections:
+// genesis hash, header, frontier, registry, devices, decided ids.
+func snapshotParts(b []byte) ([][]byte, error) {
+	if len(b) < len(snapshotMagic)+32 || !bytes.HasPrefix(b, []byte(snapshotMagic)) {
+		return nil, errors.New("snapshot: not in the form of stopline validator state v1")
+	}
+	body, sum := b[:len(b)-32], b[len(b)-32:]
+	if got := sha256.Sum256(body); !bytes.Equal(got[:], sum) {
+		return nil, errors.New("snapshot: damaged: its digest does not match")
+	}
+	parts, err := splitSections(body[len(snapshotMagic):], 6)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot: %w", err)
+	}
+	return parts, nil
 }
 
 func splitSections(b []byte, n int) ([][]byte, error) {

@@ -1,10 +1,8 @@
 package consensus
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -14,15 +12,33 @@ import (
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
 
-// store keeps the blocks that a validator has seen decided: in blocks/ header,
-// leaves, metadata and votes, in payloads/ batches and verdicts, so that
-// payloads can be let go of one day without touching a block. Record i of both
-// is height i+1.
+// store keeps the blocks that a validator has seen decided. Record i of both its
+// logs is height i+1:
 //
-// The payload is written before the block: a block that is there has a payload,
-// and a payload without its block is one whose Deliver never returned.
+//	blocks/    header, leaves, metadata, votes, verdicts; and the batches of blocks
+//	           that changed the registry, which are kept for good
+//	payloads/  the batches; an empty record where this validator never had them
+//
+// so that payloads can be let go of, by whole segments, without touching a
+// block. Payloads are written before their blocks: a block that is there has its
+// payload, or never had it, and payloads without a block belong to an append
+// that never returned.
+//
+// Folders from before payloads were purged have the verdicts in payloads/. They
+// are read as they are, and no payload of theirs is ever dropped.
 type store struct {
+	dir              string
 	blocks, payloads *seglog.Log
+	purging          purging // see purge.go
+}
+
+// stored is a block on its way into the store.
+type stored struct {
+	block    *ledger.Block
+	verdicts ledger.Verdicts
+	batches  [][]byte
+	// keep says that the batches must never be let go of.
+	keep bool
 }
 
 func openStore(dir string, o seglog.Options) (*store, error) {
@@ -34,9 +50,12 @@ func openStore(dir string, o seglog.Options) (*store, error) {
 	if err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
-	s := &store{b, p}
-	if n := p.Next(); n < b.Next() || n > b.Next()+1 {
+	s := &store{dir: dir, blocks: b, payloads: p}
+	if n := p.Next(); n < b.Next() {
 		return nil, errors.Join(fmt.Errorf("store %s: %d payloads for %d blocks", dir, n, b.Next()), s.close())
+	}
+	if err := p.CutFrom(b.Next()); err != nil {
+		return nil, errors.Join(fmt.Errorf("store: %w", err), s.close())
 	}
 	return s, nil
 }
@@ -46,56 +65,85 @@ func (s *store) close() error { return errors.Join(s.blocks.Close(), s.payloads.
 // height is that of the last block stored.
 func (s *store) height() ledger.Height { return ledger.Height(s.blocks.Next()) }
 
-// append makes a block and its payload durable.
-func (s *store) append(block *ledger.Block, batches [][]byte, verdicts ledger.Verdicts) error {
-	i := uint64(block.Header.Height) - 1
-	if i != s.blocks.Next() {
-		return fmt.Errorf("store: block %d after %d", block.Header.Height, s.blocks.Next())
+// append makes blocks, which follow each other, durable with their payloads.
+func (s *store) append(bs ...stored) error {
+	if len(bs) == 0 {
+		return nil
 	}
-	payload := wire.EncodeBlock(&pb.Block{Batches: batches, Verdicts: verdicts})
-	if s.payloads.Next() == i+1 {
-		// Left from a crash between the two appends. Agreement makes it the same.
-		have, err := s.payloads.Read(i)
-		if err != nil {
-			return err
+	blocks, payloads := make([][]byte, len(bs)), make([][]byte, len(bs))
+	for i, b := range bs {
+		if want := s.blocks.Next() + uint64(i) + 1; uint64(b.block.Header.Height) != want {
+			return fmt.Errorf("store: block %d where %d is due", b.block.Header.Height, want)
 		}
-		if !bytes.Equal(have, payload) {
-			return fmt.Errorf("store: block %d: another payload was stored before", block.Header.Height)
+		payloads[i] = wire.EncodeBlock(&pb.Block{Batches: b.batches})
+		kept := b.batches
+		if !b.keep {
+			kept = nil
 		}
-	} else if _, err := s.payloads.Append(payload); err != nil {
+		blocks[i] = wire.EncodeBlock(wire.BlockToProto(b.block, kept, b.verdicts))
+	}
+	if _, err := s.payloads.Append(payloads...); err != nil {
 		return err
 	}
-	_, err := s.blocks.Append(wire.EncodeBlock(wire.BlockToProto(block, nil, nil)))
+	_, err := s.blocks.Append(blocks...)
 	return err
 }
 
-// block reads a block with its payload.
+// block reads a block with its payload, or without where that is gone: see
+// [purged].
 func (s *store) block(h ledger.Height) (*pb.Block, error) {
+	m, err := s.headed(h)
+	if err != nil || len(m.Batches) > 0 {
+		return m, err
+	}
+	p, err := readBlock(s.payloads, uint64(h)-1)
+	if errors.Is(err, seglog.ErrNotFound) {
+		return m, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	m.Batches = p.Batches
+	if len(p.Verdicts) > 0 {
+		m.Verdicts = p.Verdicts
+	}
+	return m, nil
+}
+
+// headed reads a block as it is for good: without its payload, unless that
+// changed the registry.
+func (s *store) headed(h ledger.Height) (*pb.Block, error) {
 	if h == 0 || h > s.height() {
 		return nil, fmt.Errorf("store: no block %d, the last is %d", h, s.height())
 	}
-	m, err := readBlock(s.blocks, uint64(h)-1)
-	if err != nil {
-		return nil, err
+	return readBlock(s.blocks, uint64(h)-1)
+}
+
+// headers reads a block as [store.headed], and whole where that is not enough:
+// in a layout of before.
+func (s *store) headers(h ledger.Height) (*pb.Block, error) {
+	m, err := s.headed(h)
+	if err != nil || len(m.Verdicts) > 0 {
+		return m, err
 	}
-	p, err := readBlock(s.payloads, uint64(h)-1)
-	if err != nil {
-		return nil, err
-	}
-	m.Batches, m.Verdicts = p.Batches, p.Verdicts
-	return m, nil
+	return s.block(h)
 }
 
 // header reads the header of a block.
 func (s *store) header(h ledger.Height) (ledger.Header, error) {
-	if h == 0 || h > s.height() {
-		return ledger.Header{}, fmt.Errorf("store: no block %d, the last is %d", h, s.height())
-	}
-	m, err := readBlock(s.blocks, uint64(h)-1)
+	m, err := s.headed(h)
 	if err != nil {
 		return ledger.Header{}, err
 	}
 	return ledger.ParseHeader(m.Header)
+}
+
+// errPurged means that a block is without its payload.
+var errPurged = errors.New("payload: is gone from this copy")
+
+// purged reports whether a block is without its payload.
+func purged(m *pb.Block, h ledger.Header) bool {
+	return len(m.Batches) == 0 && h.Requests != ledger.RequestsDigest(nil)
 }
 
 func readBlock(l *seglog.Log, i uint64) (*pb.Block, error) {
@@ -128,13 +176,4 @@ func replaceFile(path string, data []byte) error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
-}
-
-// readFile returns nil if there is no file.
-func readFile(path string) ([]byte, error) {
-	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	return b, err
 }

@@ -37,7 +37,6 @@ const (
 type transport struct {
 	self     uint64
 	district traffic.DistrictID
-	key      ed25519.PrivateKey
 	genesis  ledger.Hash
 	nc       *nats.Conn
 	journal  *journal
@@ -48,15 +47,19 @@ type transport struct {
 	height   func() ledger.Height
 	// receive takes what was authenticated, one call at a time for each peer.
 	receive func(from uint64, p *parcel, m message)
+	// ahead hears of a peer that speaks for later members. Optional.
+	ahead   func(from, config uint64)
 	witness *witness
 	// tap, where set, is given every parcel before it is signed, and sends it, or
 	// others, once, twice, late or not at all: so tests make liars and networks.
 	tap func(pc parcel, send func(parcel))
 
-	peers map[uint64]*peer
-
-	mu    sync.Mutex
-	start start
+	mu     sync.Mutex
+	start  start
+	key    ed25519.PrivateKey
+	config uint64           // the members that all of it is for
+	peers  map[uint64]*peer // replaced as a whole
+	carry  func(*peer)      // starts carrying a peer's messages; nil while not running
 }
 
 // begin sets the start that is in every message from now on.
@@ -75,11 +78,13 @@ func (t *transport) current() start {
 // peer is one other validator, as this one sees it.
 type peer struct {
 	number uint64
-	key    identity.PublicKey
 	in     chan []byte
+	gone   chan struct{} // closed when it is no member any more
 	inSize counterInt
 
 	mu      sync.Mutex
+	key     identity.PublicKey
+	config  uint64
 	wake    chan struct{}
 	out     []*outgoing
 	outSize int
@@ -101,36 +106,88 @@ type peer struct {
 }
 
 type outgoing struct {
-	kind  parcelKind
-	m     message
-	tries int
-	due   time.Time
+	kind   parcelKind
+	config uint64 // of an engine's message
+	m      message
+	tries  int
+	due    time.Time
 }
 
-// prepare makes the queues; the fields above peers must be set.
-func (t *transport) prepare(validators []identity.Validator) {
-	t.peers = map[uint64]*peer{}
-	for _, v := range validators {
+// configure sets members and key from now on. What waits to be sent is dropped:
+// it was for members of before, who have no use for it any more.
+func (t *transport) configure(m *members, key ed25519.PrivateKey) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.key, t.config = key, uint64(m.since)
+	next := make(map[uint64]*peer, len(m.validators))
+	for _, v := range m.validators {
 		if v.Number == t.self {
 			continue
 		}
-		p := &peer{number: v.Number, key: v.VoteKey, in: make(chan []byte, queueMessages), wake: make(chan struct{}, 1),
-			resends: map[phase]*outgoing{}}
-		p.heard, p.proof, _ = t.journal.peer(v.Number)
-		t.peers[v.Number] = p
+		p, ok := t.peers[v.Number]
+		if !ok {
+			p = &peer{number: v.Number, in: make(chan []byte, queueMessages), gone: make(chan struct{}), wake: make(chan struct{}, 1),
+				resends: map[phase]*outgoing{}}
+			p.heard, p.proof, _ = t.journal.peer(v.Number)
+		}
+		p.mu.Lock()
+		p.key, p.config = v.VoteKey, t.config
+		p.out, p.outSize = nil, 0
+		clear(p.resends)
+		p.mu.Unlock()
+		if !ok && t.carry != nil {
+			t.carry(p)
+		}
+		next[v.Number] = p
 	}
+	for n, p := range t.peers {
+		if next[n] == nil {
+			close(p.gone)
+		}
+	}
+	t.peers = next
+}
+
+func (t *transport) peer(n uint64) (*peer, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p, ok := t.peers[n]
+	return p, ok
+}
+
+func (t *transport) all() map[uint64]*peer {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.peers
+}
+
+// sender is who speaks: start and key.
+func (t *transport) sender() (start, ed25519.PrivateKey) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.start, t.key
 }
 
 // run carries messages until ctx ends.
 func (t *transport) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer cancel()
-	for _, p := range t.peers {
+	t.mu.Lock()
+	t.carry = func(p *peer) {
 		wg.Go(func() { t.sendLoop(ctx, p) })
 		wg.Go(func() { t.receiveLoop(ctx, p) })
 	}
+	for _, p := range t.peers {
+		t.carry(p)
+	}
+	t.mu.Unlock()
+	defer wg.Wait()
+	defer func() {
+		cancel()
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.carry = nil
+	}()
 	sub, err := t.nc.Subscribe(topic.BFTTo(t.district, t.self), t.arrived)
 	if err != nil {
 		return err
@@ -150,7 +207,11 @@ func (t *transport) run(ctx context.Context) error {
 // sender's NATS permissions.
 func (t *transport) arrived(m *nats.Msg) {
 	from, ok := t.senderOf(m.Subject)
-	if !ok || len(m.Data) < parcelMin || len(m.Data) > topic.MaxPayload {
+	if !ok {
+		t.count.strangers.Add(1)
+		return
+	}
+	if len(m.Data) < parcelMin || len(m.Data) > topic.MaxPayload {
 		t.count.invalid.Add(1)
 		return
 	}
@@ -175,7 +236,7 @@ func (t *transport) arrived(m *nats.Msg) {
 }
 
 func (t *transport) senderOf(subject string) (*peer, bool) {
-	for n, p := range t.peers {
+	for n, p := range t.all() {
 		if subject == topic.BFT(t.district, t.self, n) {
 			return p, true
 		}
@@ -188,6 +249,8 @@ func (t *transport) receiveLoop(ctx context.Context, p *peer) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-p.gone:
+			return
 		case b := <-p.in:
 			p.inSize.Add(-int64(len(b)))
 			t.open(p, b)
@@ -197,9 +260,19 @@ func (t *transport) receiveLoop(ctx context.Context, p *peer) {
 
 // open authenticates one message and hands it on.
 func (t *transport) open(p *peer, b []byte) {
+	p.mu.Lock()
+	key, config := p.key, p.config
+	p.mu.Unlock()
 	pc, err := openParcel(b)
-	if err != nil || pc.From != p.number || pc.To != t.self || pc.Config != 0 || !signed(b, p.key, t.genesis) {
+	if err != nil || pc.From != p.number || pc.To != t.self || !signed(b, key, t.genesis) {
 		t.count.invalid.Add(1)
+		return
+	}
+	if pc.Config != config && pc.Kind == kindEngine { // starts are the same for all members
+		t.count.elsewhere.Add(1)
+		if t.ahead != nil {
+			t.ahead(p.number, pc.Config)
+		}
 		return
 	}
 	m := message{body: pc.Body}
@@ -288,7 +361,7 @@ func (t *transport) note(p *peer, pc *parcel, b []byte) {
 func (t *transport) tell(votes [][]byte) {
 	for part := range slices.Chunk(votes, toldMost) {
 		o := &outgoing{kind: kindTold, m: message{body: bytes.Join(part, nil)}}
-		for _, q := range t.peers {
+		for _, q := range t.all() {
 			t.queue(q, o)
 		}
 	}
@@ -297,8 +370,10 @@ func (t *transport) tell(votes [][]byte) {
 // told takes what a peer passed on.
 func (t *transport) told(body []byte) {
 	keys := map[uint64]identity.PublicKey{}
-	for n, p := range t.peers {
+	for n, p := range t.all() {
+		p.mu.Lock()
 		keys[n] = p.key
+		p.mu.Unlock()
 	}
 	tell, ok := t.witness.hear(keys, body)
 	if !ok {
@@ -307,10 +382,10 @@ func (t *transport) told(body []byte) {
 	t.tell(tell)
 }
 
-// send queues an engine's message. A vote is made durable first, and dropped if
-// it must not be made.
-func (t *transport) send(to uint64, m message) {
-	p, ok := t.peers[to]
+// send queues a message of the engine for some members. A vote is made durable
+// first, and dropped if it must not be made.
+func (t *transport) send(config, to uint64, m message) {
+	p, ok := t.peer(to)
 	if !ok {
 		return
 	}
@@ -325,12 +400,16 @@ func (t *transport) send(to uint64, m message) {
 			return
 		}
 	}
-	t.queue(p, &outgoing{kind: kindEngine, m: m})
+	t.queue(p, &outgoing{kind: kindEngine, config: config, m: m})
 }
 
 // queue adds to what a peer's goroutine sends.
 func (t *transport) queue(p *peer, o *outgoing) {
 	p.mu.Lock()
+	if o.kind == kindEngine && o.config != p.config {
+		p.mu.Unlock() // of an engine that is gone
+		return
+	}
 	if len(p.out) >= queueMessages || p.outSize+len(o.m.body) > queueBytes {
 		p.mu.Unlock()
 		t.count.dropped.Add(1)
@@ -368,6 +447,8 @@ func (t *transport) sendLoop(ctx context.Context, p *peer) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-p.gone:
+			return
 		case <-p.wake:
 		case <-tick.C:
 			t.again(p)
@@ -381,8 +462,10 @@ func (t *transport) sendLoop(ctx context.Context, p *peer) {
 			o := p.out[0]
 			p.out = p.out[1:]
 			p.outSize -= len(o.m.body)
+			config := p.config
 			p.mu.Unlock()
-			pc := parcel{Kind: o.kind, From: t.self, To: p.number, Start: t.current(), Decided: t.height(), Vote: o.m.vote, Body: o.m.body}
+			start, _ := t.sender()
+			pc := parcel{Kind: o.kind, From: t.self, To: p.number, Config: config, Start: start, Decided: t.height(), Vote: o.m.vote, Body: o.m.body}
 			if t.tap != nil {
 				t.tap(pc, t.publish)
 				continue
@@ -394,12 +477,16 @@ func (t *transport) sendLoop(ctx context.Context, p *peer) {
 
 // publish numbers a parcel, signs it and lets it go.
 func (t *transport) publish(pc parcel) {
-	p := t.peers[pc.To]
+	p, ok := t.peer(pc.To)
+	if !ok {
+		return // no member any more
+	}
 	p.mu.Lock()
 	p.seq++
 	pc.Seq = p.seq
 	p.mu.Unlock()
-	if err := t.nc.Publish(topic.BFT(t.district, p.number, t.self), pc.seal(t.key, t.genesis)); err != nil {
+	_, key := t.sender()
+	if err := t.nc.Publish(topic.BFT(t.district, p.number, t.self), pc.seal(key, t.genesis)); err != nil {
 		t.count.dropped.Add(1)
 		return
 	}
@@ -446,7 +533,7 @@ type met struct {
 // of another start is true: this validator has signed in it, and it is no earlier
 // one.
 func (t *transport) holds(a met) bool {
-	own := t.current()
+	own, key := t.sender()
 	if a.Asker != own {
 		return false
 	}
@@ -458,12 +545,12 @@ func (t *transport) holds(a met) bool {
 	}
 	pc, err := parseHead(a.Proof[:headSize])
 	return err == nil && pc.From == t.self && pc.Start == a.Start &&
-		signed(a.Proof, identity.PublicKey(t.key.Public().(ed25519.PublicKey)), t.genesis)
+		signed(a.Proof, identity.PublicKey(key.Public().(ed25519.PublicKey)), t.genesis)
 }
 
 // ask sends the question to meet to every peer.
 func (t *transport) ask() {
-	for _, p := range t.peers {
+	for _, p := range t.all() {
 		t.queue(p, &outgoing{kind: kindMeet})
 	}
 }

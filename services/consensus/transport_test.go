@@ -183,7 +183,10 @@ func TestJunkBetweenValidators(t *testing.T) {
 		c.submit(b)
 		c.decided(b, 1)
 	}
-	eventually(t, "junk counted", func() bool { return victim.Stats().Invalid >= before.Invalid+uint64(len(invalid))-1 })
+	eventually(t, "junk counted", func() bool {
+		s := victim.Stats()
+		return s.Invalid+s.Strangers+s.Elsewhere >= before.Invalid+uint64(len(invalid))-1 && s.Strangers == 1 && s.Elsewhere == 1
+	})
 	if s := victim.Stats(); s.View != before.View || s.Equivocations != 0 {
 		t.Errorf("got view %d and %d equivocations, want view %d and none", s.View, s.Equivocations, before.View)
 	}
@@ -270,7 +273,7 @@ func TestEquivocationIsProven(t *testing.T) {
 func TestANewViewIsCheckedWhole(t *testing.T) {
 	b := newBench(t)
 	v := &Validator{core: b.k}
-	s := newSmart(v, 1, []uint64{1, 2, 3, 4}, Timing{}.withDefaults(), b.k.limit, nil, b.c.Logger)
+	s := newSmart(&seat{Validator: v}, 1, []uint64{1, 2, 3, 4}, Timing{}.withDefaults(), b.k.members().limit, nil, b.c.Logger)
 	vd := func(n, next uint64, f func(*protos.ViewData)) *protos.SignedViewData {
 		d := &protos.ViewData{NextView: next, LastDecision: &protos.Proposal{}}
 		if f != nil {
@@ -331,7 +334,7 @@ func TestANewViewIsCheckedWhole(t *testing.T) {
 func TestADeliveryToNobodyIsFreed(t *testing.T) {
 	c := newCluster(t, 4)
 	c.start(c.all()...)
-	e := c.nodes[0].v.engine.(*smart)
+	e := c.nodes[0].v.place().engine.(*smart)
 	freed := make(chan struct{})
 	go func() {
 		e.deliverChan <- struct{}{} // as its controller does
@@ -352,7 +355,7 @@ func TestADeliveryToNobodyIsFreed(t *testing.T) {
 func TestQueuesAreBounded(t *testing.T) {
 	var count counters
 	tr := &transport{self: 1, count: &count, resend: time.Hour, journal: newBench(t).k.journal}
-	tr.prepare(newBench(t).k.validators)
+	tr.configure(newBench(t).k.members(), voteKey(1))
 	p := tr.peers[2]
 	for range queueMessages + 5 {
 		tr.queue(p, &outgoing{kind: kindMeet})
@@ -374,7 +377,7 @@ func TestQueuesAreBounded(t *testing.T) {
 func TestVotesAreSentAgain(t *testing.T) {
 	var count counters
 	tr := &transport{self: 1, count: &count, resend: time.Nanosecond, journal: newBench(t).k.journal}
-	tr.prepare(newBench(t).k.validators)
+	tr.configure(newBench(t).k.members(), voteKey(1))
 	commit := &outgoing{kind: kindEngine, m: message{vote: vote{slot{0, 5, phaseCommit}, ledger.Hash{1}}}}
 	prepare := &outgoing{kind: kindEngine, m: message{vote: vote{slot{0, 5, phasePrepare}, ledger.Hash{1}}}}
 	again := func(p *peer) int {

@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
-	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -26,7 +26,6 @@ type Validator struct {
 	// What follows is made by Run.
 	core      *core
 	transport *transport
-	engine    engine
 	intake    *intake
 	publisher *publisher
 	evidence  *evidenceLog
@@ -35,11 +34,16 @@ type Validator struct {
 	ctx       context.Context // of Run, for the engine's calls, which bring none
 	cancel    context.CancelCauseFunc
 	height    atomic.Uint64
-	// Tests set these before Run: see transport.tap, and cut, which says from whom
+	// Tests set these before Run: see transport.tap; and cut, which says from whom
 	// nothing can be fetched.
 	tap   func(pc parcel, send func(parcel))
 	cut   func(peer uint64) bool
 	ready chan struct{} // closed when the engine runs
+	begun sync.Once     // closes ready
+
+	seatMu sync.Mutex
+	seat   *seat         // nil while there is none
+	moved  chan struct{} // closed and replaced with seat
 }
 
 type metFrom struct {
@@ -66,7 +70,13 @@ func New(c Config) (*Validator, error) {
 	if c.SnapshotEvery == 0 {
 		c.SnapshotEvery = 200
 	}
-	return &Validator{c: c, log: c.Logger, ready: make(chan struct{})}, nil
+	if c.Retention == 0 {
+		c.Retention = 7 * 24 * time.Hour
+	}
+	if c.SnapshotBeyond == 0 {
+		c.SnapshotBeyond = 2000
+	}
+	return &Validator{c: c, log: c.Logger, ready: make(chan struct{}), moved: make(chan struct{})}, nil
 }
 
 // Ready is closed once the validator takes part in agreeing.
@@ -76,10 +86,9 @@ func (v *Validator) Ready() <-chan struct{} { return v.ready }
 func (v *Validator) Stats() Stats {
 	s := v.count.stats()
 	s.Height = ledger.Height(v.height.Load())
-	select {
-	case <-v.ready:
-		s.View, s.Leader = v.engine.status()
-	default:
+	if p := v.place(); p != nil {
+		s.View, s.Leader = p.engine.status()
+		s.Members, s.Validators = p.members.since, p.members.numbers()
 	}
 	return s
 }
@@ -142,6 +151,7 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 	v.intake = newIntake(v)
 	v.publisher = newPublisher(v)
 	v.core.decided = v.onBlock
+	v.core.installed = v.onState
 	cosigner, err := openCosigner(v)
 	if err != nil {
 		return err
@@ -150,18 +160,21 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 
 	v.answers = make(chan metFrom, 16)
 	v.transport = &transport{
-		self: v.c.Number, district: v.c.District, key: v.c.VoteKey, genesis: v.core.state.genesis, nc: v.c.Bus.NC, journal: v.core.journal,
+		self: v.c.Number, district: v.c.District, genesis: v.core.state.genesis, nc: v.c.Bus.NC, journal: v.core.journal,
 		codec: cd, count: &v.count, log: v.log, resend: v.c.Timing.Resend,
 		height:  func() ledger.Height { return ledger.Height(v.height.Load()) },
 		receive: v.receive, witness: newWitness(), tap: v.tap,
+		ahead: func(from, config uint64) {
+			if s := v.place(); s != nil {
+				s.hear(from, config)
+			}
+		},
 	}
 	w := v.transport.witness
-	w.genesis, w.height, w.accuse, w.count, w.log = v.core.state.genesis, v.transport.height, v.evidence.add, &v.count, v.log
-	v.transport.prepare(v.core.validators)
+	w.genesis, w.height, w.accuse, w.count, w.log = v.transport.genesis, v.transport.height, v.evidence.add, &v.count, v.log
 	if err := v.begin(0); err != nil {
 		return err
 	}
-	v.engine = newSmart(v, v.c.Number, v.core.numbers(), v.c.Timing, v.core.limit, v.core.journal.initial(), v.log)
 
 	err = run.All(ctx,
 		run.Actor{Name: "transport", Run: v.transport.run},
@@ -191,56 +204,36 @@ func (v *Validator) begin(above uint64) error {
 	return nil
 }
 
-func (v *Validator) runEngine(ctx context.Context) error {
-	if err := v.meet(ctx); err != nil {
-		return err
-	}
-	v.fetch(ctx)
-	last, err := v.core.last()
-	if err != nil {
-		return err
-	}
-	if err := v.engine.start(last); err != nil {
-		return err
-	}
-	close(v.ready)
-	v.log.Info("taking part", "height", v.height.Load())
-	<-ctx.Done()
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		v.engine.stop()
-	}()
-	select {
-	case <-stopped:
-	case <-time.After(stopWait):
-		v.log.Error("engine does not stop; its goroutines are left behind", "elapsed", stopWait)
-	}
-	return ctx.Err()
-}
+// meetWait is how many times peers are asked before a starting validator fetches
+// blocks, to see whether other peers are meant by now.
+const meetWait = 20
 
 // meet asks peers what they know of this validator's earlier starts, until as
 // many have answered as are needed for a quorum with it: without them nothing
 // can be decided anyway. If one proves a later start than the one on disk, the
 // disk is an old copy, and votes that it does not know of may have been cast:
 // then this validator stays silent until the others have decided, without it,
-// every height at which it may have voted.
-func (v *Validator) meet(ctx context.Context) error {
-	need := ledger.Quorum(len(v.core.validators)) - 1
+// every height at which it may have voted. It returns false where too few of the
+// members answer.
+func (v *Validator) meet(ctx context.Context, m *members) (bool, error) {
+	need := ledger.Quorum(len(m.validators)) - 1
 	met := map[uint64]bool{}
 	var until ledger.Height
 	var newest uint64
 	tick := time.NewTicker(v.c.Timing.Meet)
 	defer tick.Stop()
 	v.transport.ask()
-	for len(met) < need {
+	for asked := 0; len(met) < need; {
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return false, ctx.Err()
 		case <-tick.C:
+			if asked++; asked > meetWait {
+				return false, nil
+			}
 			v.transport.ask()
 		case a := <-v.answers:
-			if !v.transport.holds(a.met) {
+			if _, ok := m.validator(a.peer); !ok || !v.transport.holds(a.met) {
 				continue
 			}
 			met[a.peer] = true
@@ -250,31 +243,37 @@ func (v *Validator) meet(ctx context.Context) error {
 		}
 	}
 	if newest == 0 {
-		return nil
+		return true, nil
 	}
 	v.log.Error("peers know a later start of this validator: its disk is an old copy; silent until all it may have voted on is decided",
 		"height", uint64(until), "start", newest)
 	if err := v.begin(newest); err != nil {
-		return err
+		return false, err
 	}
 	for v.core.height() < until {
-		v.fetch(ctx)
+		if err := v.fetch(ctx); err != nil {
+			return false, err
+		}
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return false, ctx.Err()
 		case <-tick.C:
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // receive takes what the transport authenticated.
 func (v *Validator) receive(from uint64, p *parcel, m message) {
 	switch p.Kind {
 	case kindEngine:
-		v.engine.receive(from, m)
+		if s := v.place(); s != nil && !s.over() && uint64(s.members.since) == p.Config {
+			s.engine.receive(from, m)
+		}
 	case kindMeet:
-		if err := v.transport.answer(v.transport.peers[from], p.Start); err != nil {
+		if asker, ok := v.transport.peer(from); !ok {
+			return // no member any more
+		} else if err := v.transport.answer(asker, p.Start); err != nil {
 			v.log.Error("cannot answer a peer", "peer", from, "err", err)
 		}
 	case kindMet:
@@ -297,28 +296,16 @@ func (v *Validator) onBlock(b *pb.Block, o *outcome) {
 	v.publisher.add(o.header.Height, b)
 }
 
-// What follows makes Validator the engine's host.
-
-type engineHost = Validator
-
-var _ host = (*engineHost)(nil)
-
-func (v *Validator) assemble(at slot, metadata []byte, requests [][]byte) proposal {
-	return v.core.assemble(at, metadata, requests)
+// onState hears that the state has become that of a snapshot: blocks up to it
+// were stored without their requests being known.
+func (v *Validator) onState(h ledger.Height) {
+	v.height.Store(uint64(h))
+	v.intake.recheck()
+	v.publisher.look()
 }
 
-func (v *Validator) verify(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) {
-	return v.core.verify(at, d, p)
-}
-
-func (v *Validator) sign(at slot, d ledger.Hash, p proposal) []byte {
-	sig, err := v.core.signVote(at, d, p)
-	if err != nil {
-		v.fail(fmt.Errorf("asked to sign what must not be signed: %w", err))
-		runtime.Goexit()
-	}
-	return sig
-}
+// What follows is of the engine's host what does not depend on the members: see
+// [seat] for the rest.
 
 func (v *Validator) checkVote(p proposal, vt ledger.Vote) error { return v.core.checkVote(p, vt) }
 func (v *Validator) signView(b []byte) []byte                   { return v.core.signView(b) }
@@ -326,39 +313,18 @@ func (v *Validator) checkView(from uint64, b, sig []byte) error {
 	return v.core.checkView(from, b, sig)
 }
 
-func (v *Validator) decide(p proposal, votes []ledger.Vote) {
-	if err := v.core.apply(p, votes); err != nil {
-		v.fail(fmt.Errorf("applying a decided block: %w", err))
-		runtime.Goexit()
-	}
-}
-
-func (v *Validator) catchUp() decision {
-	v.fetch(v.ctx)
-	d, err := v.core.last()
-	if err != nil {
-		v.fail(err)
-		runtime.Goexit()
-	}
-	return d
-}
-
 func (v *Validator) decidedRequest(raw []byte) bool {
 	return v.core.isDecided(ledger.RequestID(raw))
 }
 
 func (v *Validator) outvoted(at slot, d ledger.Hash) bool {
-	return v.transport.witness.outvoted(0, at, d, ledger.Quorum(len(v.core.validators)))
+	m := v.core.members()
+	return v.transport.witness.outvoted(uint64(m.since), at, d, ledger.Quorum(len(m.validators)))
 }
 
 func (v *Validator) patient() bool { return v.intake.patient() }
 
 func (v *Validator) requestsOf(p proposal) []ledger.Hash { return v.core.requestsOf(p) }
-func (v *Validator) send(to uint64, m message)           { v.transport.send(to, m) }
-
-func (v *Validator) save(entry []byte, truncate bool, votes []vote) error {
-	return v.core.journal.save(entry, truncate, votes)
-}
 
 // fail ends Run with an error. The caller's goroutine must do no more.
 func (v *Validator) fail(err error) { v.cancel(fmt.Errorf("%w: %w", errFailed, err)) }

@@ -197,7 +197,7 @@ type Handler func(ctx context.Context, b *decided.Block, reg *identity.Registry)
 // Run follows the decided blocks until ctx ends. An error of f ends it and
 // leaves the block to be handed out again after a restart.
 func (s *State) Run(ctx context.Context, c decided.Config, f Handler) error {
-	c.Resume = s.point
+	c.Resume, c.Validators = s.point, s.Registry().Validators()
 	tree := &ledger.Frontier{}
 	if s.point != nil {
 		// Without this check nothing would ever fit, and the follower wait for ever.
@@ -224,6 +224,9 @@ func (s *State) Run(ctx context.Context, c decided.Config, f Handler) error {
 		}
 	}()
 	return decided.Follow(ctx, c, func(ctx context.Context, b *decided.Block) error {
+		if b.Registry != nil {
+			s.publish(b.Registry)
+		}
 		reg := s.Registry()
 		if got := reg.Hash(); b.Header.Registry != ledger.Hash(got) {
 			return s.damaged(fmt.Errorf("block %d: the registry here has hash %x, the quorum's %x: the state is damaged or this software is too old",

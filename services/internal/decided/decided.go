@@ -3,6 +3,9 @@
 // leaves, tree, votes, and that the payload is what the header and the leaves
 // say.
 //
+// Who the validators are changes by records in the blocks. The follower goes
+// along: a block is held against the votes of those in force for it.
+//
 // Blocks come from DECISIONS, where every validator publishes its own copy; the
 // first valid one is taken, and copies that are not valid are counted and
 // passed over. What is missing there, because the stream keeps an hour only or
@@ -44,7 +47,8 @@ type Config struct {
 	District traffic.DistrictID
 	// GenesisHash is the SHA-256 of the genesis document.
 	GenesisHash ledger.Hash
-	// Validators whose quorum is needed.
+	// Validators whose quorum the first block needs: those in force after Resume,
+	// or of genesis.
 	Validators []identity.Validator
 	// Resume is the point after which to begin. Optional: from genesis.
 	Resume *Point
@@ -88,6 +92,12 @@ type Block struct {
 	// Purged is set where no validator has the payload any more: Records and
 	// Batches are empty, the block itself is verified all the same.
 	Purged bool
+	// Validators are those who decide the blocks after this one, set where it has
+	// changed them.
+	Validators []identity.Validator
+	// Registry is the one that the block's records were judged by, set where it
+	// does not follow from the records handed out before: some are gone.
+	Registry *identity.Registry
 }
 
 // Chain verifies blocks one after another. It is the core of [Follow], without
@@ -97,6 +107,9 @@ type Chain struct {
 	validators []identity.Validator
 	parent     *ledger.Header
 	tree       *ledger.Frontier
+	// blind is set after a block without its records: if the next header names
+	// another registry, they are needed.
+	blind bool
 }
 
 // NewChain returns a Chain that takes the block after p next; nil: block 1.
@@ -117,6 +130,9 @@ func (c *Chain) Next() ledger.Height {
 	return c.parent.Height + 1
 }
 
+// Validators are those who decide the block that is due.
+func (c *Chain) Validators() []identity.Validator { return c.validators }
+
 // Take verifies a block with its payload and, if everything is right, advances.
 // A block without payload is taken only where purged is set.
 func (c *Chain) Take(m *pb.Block, purged bool) (*Block, error) {
@@ -130,6 +146,9 @@ func (c *Chain) Take(m *pb.Block, purged bool) (*Block, error) {
 	}
 	b := &Block{Block: *lb, Batches: m.Batches, Verdicts: m.Verdicts}
 	h := lb.Header
+	if c.blind && h.RegistryVersion != c.parent.RegistryVersion {
+		return nil, &blindError{h.Height, h.Registry}
+	}
 	if len(m.Batches) == 0 && h.Requests != ledger.RequestsDigest(nil) {
 		if !purged {
 			return nil, fmt.Errorf("block %d: %w", h.Height, errPurged)
@@ -138,7 +157,13 @@ func (c *Chain) Take(m *pb.Block, purged bool) (*Block, error) {
 	} else if err := b.payload(); err != nil {
 		return nil, fmt.Errorf("block %d: %w", h.Height, err)
 	}
-	c.parent, c.tree = &h, tree
+	if err := b.members(c.validators); err != nil {
+		return nil, fmt.Errorf("block %d: %w", h.Height, err)
+	}
+	if b.Validators != nil {
+		c.validators = b.Validators
+	}
+	c.parent, c.tree, c.blind = &h, tree, b.Purged
 	return b, nil
 }
 
@@ -148,6 +173,32 @@ func (c *Chain) Point() *Point {
 		return nil
 	}
 	return &Point{Header: *c.parent, Tree: c.tree.Clone()}
+}
+
+// members finds what the block changes of the validators. Whether a change is one
+// that the registry allows was decided by those who accepted its record.
+func (b *Block) members(now []identity.Validator) error {
+	for _, r := range b.Records {
+		if !r.Accepted {
+			continue
+		}
+		e, err := identity.ParseEnvelope(r.Raw)
+		if err != nil || e.Kind != identity.KindRegistry {
+			continue
+		}
+		c := wire.Candidate(r.Raw, r.Salt[:])
+		if c.Err != nil {
+			return fmt.Errorf("an agreed registry record cannot be decoded: %w", c.Err)
+		}
+		if c.Change.Type != identity.TypeValidator {
+			continue
+		}
+		if now, err = identity.ChangeMembers(now, *c.Change); err != nil {
+			return fmt.Errorf("an agreed change of the validators cannot be carried out: %w", err)
+		}
+		b.Validators = now
+	}
+	return nil
 }
 
 var errPurged = errors.New("payload: is gone from this copy")
@@ -465,7 +516,7 @@ func (fl *follower) try(ctx context.Context, from string, data []byte) error {
 	m, err := wire.DecodeBlock(data)
 	if err == nil {
 		var b *Block
-		if b, err = fl.chain.Take(m, false); err == nil {
+		if b, err = fl.take(ctx, m, false); err == nil {
 			return fl.hand(ctx, b)
 		}
 	}
@@ -494,8 +545,8 @@ func (fl *follower) junk(from string, err error) {
 func (fl *follower) sync(ctx context.Context) (progress bool, err error) {
 	for _, purged := range []bool{false, true} {
 		gone := false
-		for range fl.Validators {
-			v := fl.Validators[fl.ask%len(fl.Validators)]
+		for range fl.chain.validators {
+			v := fl.chain.validators[fl.ask%len(fl.chain.validators)]
 			n, err := fl.syncFrom(ctx, v.Number, purged)
 			if n > 0 {
 				progress = true
@@ -547,7 +598,7 @@ func (fl *follower) syncFrom(ctx context.Context, v uint64, purged bool) (n int,
 		return 0, err
 	}
 	for _, m := range resp.Blocks {
-		b, err := fl.chain.Take(m, purged)
+		b, err := fl.take(ctx, m, purged)
 		if errors.Is(err, errPurged) {
 			return n, err
 		}

@@ -1,0 +1,271 @@
+package consensus
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
+	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/services/internal/decided"
+)
+
+// council is a cluster whose members change while frames come in.
+type council struct {
+	*cluster
+	mu    sync.Mutex
+	units []*unit
+	sent  [][]byte
+	nonce uint64
+	quiet func()
+}
+
+// newCouncil starts n validators under load: a batch of three frames every 5 ms.
+func newCouncil(t *testing.T, n int) *council {
+	t.Helper()
+	c := &council{cluster: newCluster(t, n)}
+	c.timing.Meet = 20 * time.Millisecond
+	for i := range 3 {
+		c.units = append(c.units, newUnit(i+1))
+	}
+	c.start(c.all()...)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for ctx.Err() == nil {
+			<-tick.C
+			now := time.Now()
+			var rs []*pb.Record
+			for _, u := range c.units {
+				rs = append(rs, u.frame(now))
+			}
+			b := batch(rs...)
+			id := ledger.RequestID(b)
+			if err := c.bus.Publish(ctx, topic.Accepted(harbour), fmt.Sprintf("%x", id[:]), b); err != nil {
+				if ctx.Err() == nil {
+					t.Error(err)
+				}
+				return
+			}
+			c.mu.Lock()
+			c.sent = append(c.sent, b)
+			c.mu.Unlock()
+		}
+	}()
+	var once sync.Once
+	c.quiet = func() { once.Do(func() { cancel(); <-done }) }
+	t.Cleanup(c.quiet)
+	return c
+}
+
+// load returns how many batches were sent.
+func (c *council) load() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.sent)
+}
+
+// entry is a validator's entry as a newcomer files it.
+func entry(n uint64) identity.Validator {
+	return identity.Validator{Number: n, Department: fmt.Sprintf("department %d", n), VoteKey: pub(voteKey(n)), CosignKey: pub(cosignKey(n))}
+}
+
+// change sends a change of the validators and waits for it to be decided by
+// somebody; it returns the height and the verdict.
+func (c *council) change(by uint64, action string, n uint64, body any) (height uint64, accepted bool) {
+	c.t.Helper()
+	c.nonce++
+	b := batch(change(c.t, c.nonce, action, identity.TypeValidator, fmt.Sprint(n), body))
+	c.submit(b)
+	c.decided(b, by)
+	_, h, verdict := where(c.t, c.blocks(by), b)
+	return h, verdict == "1"
+}
+
+func (c *council) add(by, n uint64) {
+	c.t.Helper()
+	if _, ok := c.change(by, identity.Put, n, entry(n)); !ok {
+		c.t.Fatalf("adding validator %d: refused", n)
+	}
+}
+
+func (c *council) revoke(by, n uint64) {
+	c.t.Helper()
+	if _, ok := c.change(by, identity.Revoke, n, nil); !ok {
+		c.t.Fatalf("revoking validator %d: refused", n)
+	}
+}
+
+// candidate starts a validator that is no member yet.
+func (c *council) candidate(n uint64, with func(*Config)) {
+	c.t.Helper()
+	for uint64(len(c.nodes)) < n {
+		c.nodes = append(c.nodes, nil)
+	}
+	b, err := c.server.Connect(fmt.Sprint("validator ", n))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	cfg := c.config(n, b)
+	if with != nil {
+		with(&cfg)
+	}
+	v, err := New(cfg)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	nd := &node{v: v, bus: b, stop: cancel, done: make(chan error, 1)}
+	c.nodes[n-1] = nd
+	go func() { nd.done <- v.Run(ctx) }()
+}
+
+// sit waits until exactly these validators take part, with the quorum that is
+// due, and go on deciding.
+func (c *council) sit(quorum int, ns ...uint64) {
+	c.t.Helper()
+	if got := ledger.Quorum(len(ns)); got != quorum {
+		c.t.Fatalf("quorum of %d: got %d, want %d", len(ns), got, quorum)
+	}
+	for _, n := range ns {
+		eventually(c.t, fmt.Sprintf("validator %d takes part with %v", n, ns), func() bool {
+			select {
+			case err := <-c.nodes[n-1].done:
+				c.t.Fatalf("validator %d ended: %v", n, err)
+			default:
+			}
+			return slices.Equal(c.nodes[n-1].v.Stats().Validators, ns)
+		})
+	}
+	c.progress(ns...)
+}
+
+// progress waits until what is sent from now on is decided by all of them.
+func (c *council) progress(ns ...uint64) {
+	c.t.Helper()
+	at := c.load()
+	eventually(c.t, "load goes on", func() bool { return c.load() > at+1 })
+	c.mu.Lock()
+	b := c.sent[at+1]
+	c.mu.Unlock()
+	c.decided(b, ns...)
+}
+
+// left waits until a validator has ended by itself.
+func (c *council) left(n uint64) {
+	c.t.Helper()
+	nd := c.nodes[n-1]
+	select {
+	case err := <-nd.done:
+		if err != nil {
+			c.t.Errorf("validator %d, revoked: got %v, want it to end without an error", n, err)
+		}
+	case <-time.After(20 * time.Second):
+		c.t.Fatalf("validator %d does not end after it was revoked: %+v", n, nd.v.Stats())
+	}
+	c.nodes[n-1] = nil
+	nd.bus.Close()
+	if _, err := c.bus.JS.Consumer(context.Background(), topic.AcceptedStream, topic.ConsensusDurable(n)); !errors.Is(err, jetstream.ErrConsumerNotFound) {
+		c.t.Errorf("consumer of validator %d: got %v, want it removed", n, err)
+	}
+}
+
+// finish ends the load, and checks that every batch was decided once, with all
+// of its records accepted, and that a follower from genesis verifies it all. The
+// block of each height was voted for by a quorum of those in force.
+func (c *council) finish(ns ...uint64) {
+	c.t.Helper()
+	c.quiet()
+	c.mu.Lock()
+	sent := c.sent
+	c.mu.Unlock()
+	c.decided(sent[len(sent)-1], ns...)
+	for _, b := range sent {
+		c.decided(b, ns...)
+	}
+	blocks := c.check()
+	verdicts := map[ledger.Hash]int{}
+	g, err := identity.ParseGenesis(c.genesis)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	reg, err := identity.NewRegistry(g)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	chain := decided.NewChain(sha256.Sum256(c.genesis), reg.Validators(), nil)
+	for _, m := range blocks {
+		force := chain.Validators()
+		b, err := chain.Take(m, false)
+		if err != nil {
+			c.t.Fatalf("a follower: %v", err)
+		}
+		for _, v := range b.Votes {
+			if !slices.ContainsFunc(force, func(o identity.Validator) bool { return o.Number == v.Validator }) {
+				c.t.Errorf("block %d: a vote of %d, who is no validator", b.Header.Height, v.Validator)
+			}
+		}
+		if len(b.Votes) < ledger.Quorum(len(force)) {
+			c.t.Errorf("block %d: %d votes, want %d of %d", b.Header.Height, len(b.Votes), ledger.Quorum(len(force)), len(force))
+		}
+		for _, raw := range m.Batches {
+			verdicts[ledger.RequestID(raw)]++
+		}
+		for _, r := range b.Records {
+			if e, err := identity.ParseEnvelope(r.Raw); err == nil && e.Kind == identity.KindFrame && !r.Accepted {
+				c.t.Errorf("block %d: a frame was refused", b.Header.Height)
+			}
+		}
+	}
+	for i, b := range sent {
+		if n := verdicts[ledger.RequestID(b)]; n != 1 {
+			c.t.Errorf("batch %d of %d: decided %d times, want once", i, len(sent), n)
+		}
+	}
+	var equivocations uint64
+	for _, n := range ns {
+		equivocations += c.nodes[n-1].v.Stats().Equivocations
+	}
+	if equivocations != 0 {
+		c.t.Errorf("equivocations: got %d, want none", equivocations)
+	}
+	c.t.Logf("%d batches in %d blocks", len(sent), len(blocks))
+}
+
+// From four validators to seven, through five and six, and back to four others:
+// no batch is lost, each step has the quorum of its number.
+func TestMembersComeAndGo(t *testing.T) {
+	c := newCouncil(t, 4)
+	for n := uint64(5); n <= 7; n++ {
+		c.candidate(n, nil)
+	}
+	c.sit(3, 1, 2, 3, 4)
+	c.add(1, 5)
+	c.sit(4, 1, 2, 3, 4, 5)
+	c.add(1, 6)
+	c.sit(4, 1, 2, 3, 4, 5, 6)
+	c.add(1, 7)
+	c.sit(5, 1, 2, 3, 4, 5, 6, 7)
+	c.revoke(3, 1) // who leads
+	c.sit(4, 2, 3, 4, 5, 6, 7)
+	c.left(1)
+	c.revoke(3, 7)
+	c.sit(4, 2, 3, 4, 5, 6)
+	c.left(7)
+	c.revoke(3, 2)
+	c.sit(3, 3, 4, 5, 6)
+	c.left(2)
+	c.finish(3, 4, 5, 6)
+}
