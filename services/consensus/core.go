@@ -27,8 +27,8 @@ import (
 // core is a validator without its network: state, stores, keys and rules.
 type core struct {
 	self    uint64
-	keys    atomic.Pointer[keyring] // in force
-	former  atomic.Pointer[keyring] // before they were replaced; nil if they were not
+	keys    atomic.Pointer[keyring]   // in force
+	former  atomic.Pointer[formerKey] // nil unless it was replaced
 	genesis *identity.Genesis
 	// genesisBytes is the document that genesis is.
 	genesisBytes []byte

@@ -113,5 +113,5 @@ func (c *cosigner) cosign(data []byte) (string, error) {
 		}
 		c.last = next
 	}
-	return ledger.Cosign(ledger.CosignerName(origin, c.v.c.Number), c.v.c.CosignKey, string(req.Body), c.v.c.Now())
+	return ledger.Cosign(ledger.CosignerName(origin, c.v.c.Number), c.v.core.cosignKey(ledger.Height(req.Height)), string(req.Body), c.v.c.Now())
 }

@@ -84,6 +84,12 @@ func (m *members) numbers() []uint64 {
 // keyring is a validator's pair of keys.
 type keyring struct{ vote, cosign ed25519.PrivateKey }
 
+// formerKey is the cosigning key that was in force until a block.
+type formerKey struct {
+	cosign ed25519.PrivateKey
+	until  ledger.Height
+}
+
 // keysOf returns the keys that a validator's entry names. Either may be replaced
 // alone.
 func (c Config) keysOf(v identity.Validator) (*keyring, error) {
@@ -349,7 +355,7 @@ func (v *Validator) becomeMember(m *members, me identity.Validator) error {
 		return err
 	}
 	if !next.cosign.Equal(now.cosign) {
-		v.core.former.Store(now)
+		v.core.former.Store(&formerKey{now.cosign, m.since})
 	}
 	if v.core.keys.Store(next); !next.vote.Equal(now.vote) {
 		v.log.Info("votes with the next key", "since", uint64(m.since))
@@ -403,7 +409,7 @@ func (v *Validator) serve(ctx context.Context, m *members) error {
 // cosignKey is the key for the log after a block: the one that was in force for
 // those who decided it.
 func (k *core) cosignKey(h ledger.Height) ed25519.PrivateKey {
-	if f := k.former.Load(); f != nil && h <= k.members().since {
+	if f := k.former.Load(); f != nil && h <= f.until {
 		return f.cosign
 	}
 	return k.keys.Load().cosign

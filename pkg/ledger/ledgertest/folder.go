@@ -47,7 +47,7 @@ func (c *Chain) Folder(sealed int) map[string][]byte {
 		for _, f := range append(t.Full(), t.Partial()...) {
 			out["log/"+f.Path()] = f.Data
 		}
-		note := c.Seal(b)
+		note := c.seal(b, b.Voters)
 		at := ledger.SealedAt{Height: b.Header.Height, Note: note}
 		history(at.Marshal())
 		out["log/checkpoint"] = note

@@ -232,6 +232,21 @@ func (d *District) Change(c identity.Change) Record {
 	return NewRecord(d.Registrar, identity.KindRegistry, identity.JSON, must(json.Marshal(c)))
 }
 
+// Join returns the change that makes a validator of a newcomer, who can vote and
+// cosign from the next block on: see [Chain.Voters].
+func (d *District) Join(nonce uint64) Record {
+	i := len(d.Vote)
+	r := Rand(fmt.Sprintf("%s newcomer %d", d.ID, i))
+	d.Vote, d.Cosign = append(d.Vote, key(r)), append(d.Cosign, key(r))
+	v := identity.Validator{Number: uint64(i + 1), Department: fmt.Sprintf("newcomer %d", i+1), VoteKey: public(d.Vote[i]), CosignKey: public(d.Cosign[i])}
+	return d.Change(identity.Change{Action: identity.Put, Type: identity.TypeValidator, ID: fmt.Sprint(i + 1), Body: must(json.Marshal(v)), Nonce: nonce})
+}
+
+// Leave returns the change that revokes validator i, from 0.
+func (d *District) Leave(i int, nonce uint64) Record {
+	return d.Change(identity.Change{Action: identity.Revoke, Type: identity.TypeValidator, ID: fmt.Sprint(i + 1), Nonce: nonce})
+}
+
 // Batch encodes records as stopline.v1.Batch.
 func Batch(records ...Record) []byte {
 	var b []byte
@@ -250,6 +265,9 @@ type Block struct {
 	Batches  [][]byte
 	Records  []Record // of all batches
 	Verdicts ledger.Verdicts
+	// Voters are the validators, from 0, that voted and cosign its checkpoint in
+	// [Chain.Folder].
+	Voters []int
 }
 
 // Decided returns the block as sealing journals it.
@@ -351,7 +369,7 @@ func (c *Chain) Decide(batches ...[]Record) *Block {
 // Vote replaces the block's votes by those of the voters, over what its header
 // says now.
 func (c *Chain) Vote(b *Block) {
-	b.Votes = nil
+	b.Votes, b.Voters = nil, slices.Clone(c.Voters)
 	for _, i := range c.Voters {
 		b.Votes = append(b.Votes, ledger.Vote{Validator: uint64(i + 1),
 			Signature: ed25519.Sign(c.District.Vote[i], ledger.VoteInput(b.Header.Hash(), b.Metadata))})
@@ -365,10 +383,12 @@ func (d *District) Cosignature(i int, body string, at time.Time) string {
 
 // Seal returns the checkpoint after a block, cosigned by the voters: validator i
 // at the block's time and i seconds.
-func (c *Chain) Seal(b *Block) []byte {
+func (c *Chain) Seal(b *Block) []byte { return c.seal(b, c.Voters) }
+
+func (c *Chain) seal(b *Block, by []int) []byte {
 	cp := b.Header.Checkpoint(c.Origin)
 	var lines []string
-	for _, i := range c.Voters {
+	for _, i := range by {
 		lines = append(lines, c.Cosignature(i, cp.Body(), b.Header.Time.Add(time.Duration(i)*time.Second)))
 	}
 	return must(ledger.Seal(cp, c.LogSigner(), lines))
