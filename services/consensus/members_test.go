@@ -2,20 +2,24 @@ package consensus
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+	"google.golang.org/protobuf/proto"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/pkg/validate"
 	"github.com/stopline-traffic/stopline/services/internal/decided"
 )
 
@@ -268,4 +272,178 @@ func TestMembersComeAndGo(t *testing.T) {
 	c.sit(3, 3, 4, 5, 6)
 	c.left(2)
 	c.finish(3, 4, 5, 6)
+}
+
+// A validator votes and cosigns with other keys from one block to the next. What
+// is signed with the old ones counts for nothing, and it may restart with the new
+// ones alone.
+func TestKeysAreRotatedUnderLoad(t *testing.T) {
+	c := newCouncil(t, 4)
+	c.cluster.stop(2)
+	c.candidate(2, func(cfg *Config) { cfg.NextVoteKey, cfg.NextCosignKey = key("next vote"), key("next cosign") })
+	c.sit(3, 1, 2, 3, 4)
+	next := entry(2)
+	next.VoteKey, next.CosignKey = pub(key("next vote")), pub(key("next cosign"))
+	next.Former = []identity.PublicKey{pub(voteKey(2)), pub(cosignKey(2))}
+	height, ok := c.change(1, identity.Put, 2, next)
+	if !ok {
+		t.Fatal("rotating the keys of 2: refused")
+	}
+	for _, n := range []uint64{1, 2, 3, 4} {
+		eventually(t, "members of the new keys", func() bool { return uint64(c.nodes[n-1].v.Stats().Members) == height })
+	}
+	c.progress(1, 2, 3, 4)
+	eventually(t, "a vote with the new key", func() bool {
+		bs := c.blocks(1)
+		for _, m := range bs[height:] {
+			b := header(t, m)
+			for _, v := range m.Votes {
+				if v.Validator == 2 && identity.VerifyBytes([]byte(next.VoteKey), ledger.VoteInput(b.Hash(), m.Metadata), v.Signature) {
+					return true
+				}
+			}
+		}
+		return false
+	})
+	before := c.nodes[0].v.Stats().Invalid
+	old := &parcel{Kind: kindMeet, From: 2, To: 1, Start: start{[16]byte{7}, 1 << 40}, Seq: 1}
+	if err := c.bus.Send(topic.BFT(harbour, 1, 2), old.seal(voteKey(2), sha256.Sum256(c.genesis))); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a message with the old key refused", func() bool { return c.nodes[0].v.Stats().Invalid > before })
+	c.cluster.stop(2)
+	c.progress(1, 3, 4)
+	c.candidate(2, func(cfg *Config) { cfg.VoteKey, cfg.CosignKey = key("next vote"), key("next cosign") })
+	c.sit(3, 1, 2, 3, 4)
+	c.finish(1, 2, 3, 4)
+}
+
+func header(t testing.TB, m *pb.Block) ledger.Header {
+	t.Helper()
+	h, err := ledger.ParseHeader(m.Header)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// Who was revoked goes on voting: its messages are counted and reach nobody, and
+// a block with its vote in the place of a member's is refused.
+func TestWhoWasRevokedVotesInVain(t *testing.T) {
+	c := newCouncil(t, 5)
+	c.sit(4, 1, 2, 3, 4, 5)
+	c.revoke(1, 5)
+	c.sit(3, 1, 2, 3, 4)
+	c.left(5)
+	g := sha256.Sum256(c.genesis)
+	before := c.nodes[0].v.Stats()
+	for i := range uint64(20) {
+		at := slot{before.View, before.Height + ledger.Height(i), phaseCommit}
+		p := &parcel{Kind: kindEngine, From: 5, To: 1, Config: uint64(before.Members), Start: start{[16]byte{5}, 100}, Seq: i + 1, Vote: vote{at, ledger.Hash{byte(i)}}, Body: []byte("vote")}
+		if err := c.bus.Send(topic.BFT(harbour, 1, 5), p.seal(voteKey(5), g)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "its messages refused and counted", func() bool { return c.nodes[0].v.Stats().Strangers >= before.Strangers+20 })
+	// In the name of a member they are no better.
+	p := &parcel{Kind: kindEngine, From: 2, To: 1, Config: uint64(before.Members), Start: start{[16]byte{5}, 100}, Seq: 1, Body: []byte("vote")}
+	if err := c.bus.Send(topic.BFT(harbour, 1, 2), p.seal(voteKey(5), g)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a forged message refused", func() bool { return c.nodes[0].v.Stats().Invalid > before.Invalid })
+	c.progress(1, 2, 3, 4)
+	c.finish(1, 2, 3, 4)
+
+	gen, err := identity.ParseGenesis(c.genesis)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reg, err := identity.NewRegistry(gen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain := decided.NewChain(g, reg.Validators(), nil)
+	for _, m := range c.blocks(1) {
+		if h := header(t, m); uint64(h.Height) > uint64(before.Members) {
+			mine := &pb.VoteSignature{Validator: 5, Signature: ed25519.Sign(voteKey(5), ledger.VoteInput(h.Hash(), m.Metadata))}
+			bad := proto.Clone(m).(*pb.Block)
+			bad.Votes = []*pb.VoteSignature{m.Votes[0], m.Votes[1], mine}
+			if _, err := chain.Take(bad, false); err == nil || !strings.Contains(err.Error(), "2 valid of the 3 needed from 4") {
+				t.Errorf("block %d with the vote of 5: got %v, want 2 valid votes of the 3 needed", h.Height, err)
+			}
+		}
+		if _, err := chain.Take(m, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Of two changes in one block the second is refused, and taken when it is sent
+// again.
+func TestOneChangeOfMembersABlock(t *testing.T) {
+	c := newCouncil(t, 4)
+	c.candidate(5, nil)
+	c.candidate(6, nil)
+	both := batch(change(t, 101, identity.Put, identity.TypeValidator, "5", entry(5)), change(t, 102, identity.Put, identity.TypeValidator, "6", entry(6)))
+	c.submit(both)
+	c.decided(both, 1)
+	if _, _, v := where(t, c.blocks(1), both); v != "10" {
+		t.Errorf("two changes at once: got verdicts %s, want 10", v)
+	}
+	c.sit(4, 1, 2, 3, 4, 5)
+	if got := c.nodes[0].v.Stats().RecordsRefused[validate.RuleRegistry]; got != 1 {
+		t.Errorf("refused by rule %s: got %d, want 1", validate.RuleRegistry, got)
+	}
+	c.add(1, 6)
+	c.sit(4, 1, 2, 3, 4, 5, 6)
+	if _, ok := c.change(1, identity.Put, 3, entry(3)); ok {
+		t.Error("a number that is taken is given again")
+	}
+	c.finish(1, 2, 3, 4, 5, 6)
+}
+
+// Validators die while the members change, the leader among them, and one is
+// away for several changes: whoever is there goes on, and they come back into
+// their places.
+func TestValidatorsDieWhileMembersChange(t *testing.T) {
+	c := newCouncil(t, 5)
+	c.candidate(6, nil)
+	c.nonce++
+	b := batch(change(t, c.nonce, identity.Put, identity.TypeValidator, "6", entry(6)))
+	c.submit(b)
+	c.cluster.stop(1) // the leader; maybe before, maybe after it has proposed
+	c.decided(b, 2, 3, 4, 5)
+	for _, n := range []uint64{2, 3, 4, 5, 6} {
+		eventually(t, "in place", func() bool { return len(c.nodes[n-1].v.Stats().Validators) == 6 })
+	}
+	c.progress(2, 3, 4, 5, 6)
+	c.candidate(1, nil)
+	c.sit(4, 1, 2, 3, 4, 5, 6)
+
+	c.cluster.stop(2) // for several changes
+	c.revoke(1, 6)
+	c.left(6)
+	c.candidate(7, nil)
+	c.add(1, 7)
+	c.progress(1, 3, 4, 5, 7)
+	c.revoke(1, 1)
+	c.left(1)
+	c.progress(3, 4, 5, 7)
+	c.candidate(2, nil)
+	c.sit(4, 2, 3, 4, 5, 7)
+	c.finish(2, 3, 4, 5, 7)
+}
+
+// A validator that was revoked while it was away ends when it hears of it, and so
+// does one that is started again later.
+func TestRevokedWhileAway(t *testing.T) {
+	c := newCouncil(t, 5)
+	c.cluster.stop(5)
+	c.revoke(1, 5)
+	c.progress(1, 2, 3, 4)
+	for range 2 {
+		c.candidate(5, nil)
+		c.left(5)
+	}
+	c.finish(1, 2, 3, 4)
 }

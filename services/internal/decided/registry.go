@@ -43,6 +43,14 @@ func (fl *follower) take(ctx context.Context, m *pb.Block, purged bool) (*Block,
 	if !errors.As(err, &blind) {
 		return b, err
 	}
+	// The header is not verified yet, and would bring its own verifiers: an honest
+	// one of those in force so far must have voted for it. Of these at most one is
+	// not in the set that follows.
+	if lb, perr := wire.BlockFromProto(m); perr != nil {
+		return nil, perr
+	} else if n := len(ledger.ValidVotes(lb.Header.Hash(), lb.Metadata, lb.Votes, fl.chain.validators)); n <= ledger.Faults(len(fl.chain.validators)) {
+		return nil, fmt.Errorf("%w; %d of the validators before it have voted for this block", err, n)
+	}
 	reg, ferr := fl.registry(ctx, blind.registry)
 	if ferr != nil {
 		return nil, errors.Join(err, ferr)
@@ -54,7 +62,9 @@ func (fl *follower) take(ctx context.Context, m *pb.Block, purged bool) (*Block,
 		return nil, err
 	}
 	fl.Logger.Warn("decided: registry records are gone; the registry came from a validator", "height", uint64(blind.height), "version", reg.Version())
-	b.Registry = reg
+	if b.Registry = reg; b.Validators == nil {
+		b.Validators = fl.chain.validators // whoever counts them has missed a change
+	}
 	return b, nil
 }
 
