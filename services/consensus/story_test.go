@@ -314,4 +314,4 @@ func (l *twoFaced) way(pc parcel, send func(parcel)) {
 	send(carrying(pc, m))
 }
 
-func engineOf(v *Validator) engine { return v.engine }
+func engineOf(v *Validator) engine { return v.place().engine }
