@@ -98,6 +98,7 @@ type Service struct {
 	genesis   *identity.Genesis
 	stats     decided.Stats
 	journaled chan struct{} // has room for one: a block was journalled
+	handover  time.Duration // [handoverWait]; shorter in a test
 
 	mu      sync.Mutex // guards what follows
 	m       Metrics
@@ -133,7 +134,7 @@ func New(c Config) (*Service, error) {
 		return nil, fmt.Errorf("sealing: %w", err)
 	}
 	s := &Service{c: c, log: c.Logger, store: store, genesis: store.genesis,
-		journaled: make(chan struct{}, 1), arrived: map[ledger.Height]time.Time{}}
+		journaled: make(chan struct{}, 1), handover: handoverWait, arrived: map[ledger.Height]time.Time{}}
 	if s.signer, err = note.NewSigner(c.LogKey); err != nil {
 		return nil, errors.Join(err, store.Close())
 	}
@@ -274,7 +275,7 @@ func (s *Service) seal(ctx context.Context) error {
 		if p.Handover && s.store.State().SealedSize < p.Header.Size {
 			if p.tried.IsZero() {
 				p.tried = time.Now()
-			} else if time.Since(p.tried) > handoverWait {
+			} else if time.Since(p.tried) > s.handover {
 				s.log.Error("sealing: block that changed the validators is not sealed by those before it: a verifier who pinned them must go by the votes", "height", p.Header.Height)
 				s.store.Skip(p)
 			}
