@@ -149,15 +149,23 @@ func (s *Service) Run(ctx context.Context) error {
 const currentWait = 5 * time.Second
 
 // reachNewest waits until the registry is that after the newest block that was
-// decided by now.
+// decided by now. What was decided by validators who are not in the registry yet
+// is waited for as well, but not for long: it may be nobody's.
 func (s *Service) reachNewest(ctx context.Context) error {
-	h, err := decided.Newest(ctx, s.cfg.Follow)
+	c := s.cfg.Follow
+	c.Validators = s.cfg.State.Registry().Validators()
+	h, claimed, err := decided.Newest(ctx, c)
 	if err != nil {
 		return err
 	}
 	for {
 		try, cancel := context.WithTimeout(ctx, currentWait)
 		err := s.cfg.State.Reach(try, h)
+		if err == nil && claimed > h {
+			if err := s.cfg.State.Reach(try, claimed); err != nil && ctx.Err() == nil {
+				s.log.Warn("blocks say that they are newer, and cannot be verified", "height", uint64(claimed))
+			}
+		}
 		cancel()
 		if err == nil || ctx.Err() != nil {
 			return err

@@ -50,6 +50,8 @@ The configuration is YAML; paths are relative to the file:
     genesis: genesis.json       # the district's genesis document
     vote_key: vote.key          # 64 hex digits of the seed; in the registry is
     cosign_key: cosign.key      #   the public half of each
+    next_vote_key: vote2.key    # optional: take the place of the keys once the
+    next_cosign_key: cosign2.key #  registry says so; later they are the keys
     data: data                  # folder of the validator's own; made if need be
     nats:
       url: nats://n1:4222,nats://n2:4222
@@ -113,6 +115,8 @@ type validatorConfig struct {
 	Genesis       string             `yaml:"genesis"`
 	VoteKey       string             `yaml:"vote_key"`
 	CosignKey     string             `yaml:"cosign_key"`
+	NextVoteKey   string             `yaml:"next_vote_key,omitempty"`
+	NextCosignKey string             `yaml:"next_cosign_key,omitempty"`
 	Data          string             `yaml:"data"`
 	NATS          natsConfig         `yaml:"nats"`
 	Health        string             `yaml:"health,omitempty"`
@@ -155,13 +159,15 @@ func (t timingConfig) timing() consensus.Timing {
 // validatorFile is a configuration that has been checked, with what it names.
 type validatorFile struct {
 	validatorConfig
-	config  consensus.Config
-	bus     bus.ConnectOptions
-	level   slog.Level
-	genesis *identity.Genesis
-	quorum  int
-	of      int
-	member  *identity.Validator // nil: not in the genesis document
+	config consensus.Config
+	// replaced says that the keys may be others than those in genesis.
+	replaced bool
+	bus      bus.ConnectOptions
+	level    slog.Level
+	genesis  *identity.Genesis
+	quorum   int
+	of       int
+	member   *identity.Validator // nil: not in the genesis document
 }
 
 func (v *validatorFile) String() string {
@@ -229,7 +235,18 @@ func loadValidator(file string) (*validatorFile, error) {
 		p.add("number", "must be given, from 1")
 	}
 	vote, cosign := key("vote_key", v.VoteKey), key("cosign_key", v.CosignKey)
+	var next [2]ed25519.PrivateKey
+	for i, n := range []struct{ field, path string }{{"next_vote_key", v.NextVoteKey}, {"next_cosign_key", v.NextCosignKey}} {
+		if n.path != "" {
+			next[i] = key(n.field, n.path)
+		}
+	}
 	needed("data", v.Data)
+	// Keys may have been replaced since genesis: who has blocks asks them, and so
+	// does who has other keys at hand.
+	if _, err := os.Stat(filepath.Join(rel(v.Data), "blocks")); err == nil || next[0] != nil || next[1] != nil {
+		v.replaced = true
+	}
 	needed("nats.url", v.NATS.URL)
 	if (v.NATS.NKey != "") && (v.NATS.Creds != "") {
 		p.add("nats.creds", "must not be given beside nats.nkey")
@@ -272,7 +289,7 @@ func loadValidator(file string) (*validatorFile, error) {
 		p.add("district", "%q, the genesis document is that of %q", v.District, v.genesis.District)
 	}
 	v.config = consensus.Config{
-		District: v.District, Number: v.Number, VoteKey: vote, CosignKey: cosign, Genesis: genesis, Dir: rel(v.Data),
+		District: v.District, Number: v.Number, VoteKey: vote, CosignKey: cosign, NextVoteKey: next[0], NextCosignKey: next[1], Genesis: genesis, Dir: rel(v.Data),
 		SnapshotEvery: v.SnapshotEvery, Timing: v.Timing.timing(),
 	}
 	if len(p.errs) == 0 {
@@ -306,6 +323,9 @@ func (v *validatorFile) openGenesis(doc []byte, vote, cosign ed25519.PrivateKey)
 		return nil
 	}
 	v.member = &all[i]
+	if v.replaced {
+		return nil
+	}
 	var errs []error
 	if vote != nil && !ed25519.PublicKey(v.member.VoteKey).Equal(vote.Public()) {
 		errs = append(errs, fmt.Errorf("validator %d has another vote key than vote_key", v.Number))

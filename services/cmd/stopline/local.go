@@ -295,7 +295,13 @@ func (l *local) run(ctx context.Context) error {
 		{Name: "street", Run: l.street.run},
 	}
 	for i, v := range l.validators {
-		actors = append(actors, run.Actor{Name: fmt.Sprintf("validator %d", i+1), Run: v.Run})
+		actors = append(actors, run.Actor{Name: fmt.Sprintf("validator %d", i+1), Run: func(ctx context.Context) error {
+			err := v.Run(ctx)
+			if err == nil { // it was revoked; the others go on
+				<-ctx.Done()
+			}
+			return err
+		}})
 	}
 	if l.grpc != nil {
 		actors = append(actors, run.Actor{Name: "gRPC", Run: l.grpc.Run})

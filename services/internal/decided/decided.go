@@ -284,10 +284,12 @@ func Follow(ctx context.Context, c Config, f func(ctx context.Context, b *Block)
 
 // Newest returns the height of the newest block that the stream DECISIONS holds
 // with a quorum's votes, 0 where it holds none. One honest copy is enough.
-func Newest(ctx context.Context, c Config) (newest ledger.Height, err error) {
+// claimed is that of the newest copy which says of itself that it is one: votes
+// of validators whom c does not know yet, or nothing.
+func Newest(ctx context.Context, c Config) (newest, claimed ledger.Height, err error) {
 	st, err := c.Bus.JS.Stream(ctx, topic.DecisionStream)
 	if err != nil {
-		return 0, fmt.Errorf("stream %s: %w", topic.DecisionStream, err)
+		return 0, 0, fmt.Errorf("stream %s: %w", topic.DecisionStream, err)
 	}
 	for _, v := range c.Validators {
 		subject := topic.Decision(c.District, v.Number)
@@ -296,9 +298,13 @@ func Newest(ctx context.Context, c Config) (newest ledger.Height, err error) {
 			continue
 		}
 		if err != nil {
-			return 0, fmt.Errorf("last message of %s: %w", subject, err)
+			return 0, 0, fmt.Errorf("last message of %s: %w", subject, err)
 		}
-		if h, ok := height(m.Data); !ok || h <= newest {
+		h0, ok := height(m.Data)
+		if !ok {
+			continue
+		}
+		if claimed = max(claimed, h0); h0 <= newest {
 			continue
 		}
 		h, err := certified(m.Data, c.GenesisHash, c.Validators)
@@ -307,7 +313,7 @@ func Newest(ctx context.Context, c Config) (newest ledger.Height, err error) {
 		}
 		newest = max(newest, h.Height)
 	}
-	return newest, nil
+	return newest, claimed, nil
 }
 
 // certified returns the header of an encoded block if a quorum has voted for it.
