@@ -33,7 +33,8 @@ type council struct {
 	quiet func()
 }
 
-// newCouncil starts n validators under load: a batch of three frames every 5 ms.
+// newCouncil starts n validators under load: a batch of three frames every 5 ms,
+// of which as many wait meanwhile as come.
 func newCouncil(t *testing.T, n int) *council {
 	t.Helper()
 	c := &council{cluster: newCluster(t, n)}
@@ -46,7 +47,7 @@ func newCouncil(t *testing.T, n int) *council {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		tick := time.NewTicker(5 * time.Millisecond)
+		tick := time.NewTicker(5 * slower * time.Millisecond)
 		defer tick.Stop()
 		for ctx.Err() == nil {
 			<-tick.C
@@ -210,11 +211,19 @@ func (c *council) finish(ns ...uint64) {
 		c.t.Fatal(err)
 	}
 	chain := decided.NewChain(sha256.Sum256(c.genesis), reg.Validators(), nil)
+	var changed time.Time
+	var waits []time.Duration // for the first block after a change
 	for _, m := range blocks {
 		force := chain.Validators()
 		b, err := chain.Take(m, false)
 		if err != nil {
 			c.t.Fatalf("a follower: %v", err)
+		}
+		if !changed.IsZero() {
+			waits = append(waits, b.Header.Time.Sub(changed).Round(time.Millisecond))
+		}
+		if changed = (time.Time{}); b.Validators != nil {
+			changed = b.Header.Time
 		}
 		for _, v := range b.Votes {
 			if !slices.ContainsFunc(force, func(o identity.Validator) bool { return o.Number == v.Validator }) {
@@ -245,7 +254,7 @@ func (c *council) finish(ns ...uint64) {
 	if equivocations != 0 {
 		c.t.Errorf("equivocations: got %d, want none", equivocations)
 	}
-	c.t.Logf("%d batches in %d blocks", len(sent), len(blocks))
+	c.t.Logf("%d batches in %d blocks; from a change to the block after it: %v", len(sent), len(blocks), waits)
 }
 
 // From four validators to seven, through five and six, and back to four others:
