@@ -270,6 +270,7 @@ const approvalDomain = "stopline registry approval v1\n"
 //	type
 //	id
 //	nonce, decimal
+//	until, decimal
 //	base, hex: see [Registry.Base]
 //	SHA-256 of the body without insignificant white space, hex; of nothing
 //	where there is no body
@@ -287,8 +288,8 @@ func ApprovalInput(c Change) ([]byte, error) {
 	if len(c.Base) != sha256.Size {
 		return nil, kind.Errorf(kind.Invalid, "base: must be %d bytes, has %d: an approval is for what the entry was", sha256.Size, len(c.Base))
 	}
-	return fmt.Appendf(nil, "%s%s\n%s\n%s\n%s\n%d\n%x\n%x\n", approvalDomain,
-		c.District, c.Action, c.Type, c.ID, c.Nonce, []byte(c.Base), sha256.Sum256(body.Bytes())), nil
+	return fmt.Appendf(nil, "%s%s\n%s\n%s\n%s\n%d\n%d\n%x\n%x\n", approvalDomain,
+		c.District, c.Action, c.Type, c.ID, c.Nonce, c.Until, []byte(c.Base), sha256.Sum256(body.Bytes())), nil
 }
 
 // Approve signs a change as it stands; its approvals are not covered.

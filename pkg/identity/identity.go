@@ -35,8 +35,8 @@
 // the others sign an [Approval], over bytes of their own domain, and give it to
 // the sender, in a [Proposal] that goes round or by any other way. An approval is
 // for one change to one state of one entry, and is used up with it: it names the
-// hash of the entry that it replaces, and a nonce that none of those who signed
-// can use again.
+// hash of the entry that it replaces, a nonce that none of those who signed can
+// use again, and the last block at which it may be carried out.
 package identity
 
 import (

@@ -199,6 +199,9 @@ type Change struct {
 	// Base is what the change was made to, see [Registry.Base]. It is checked
 	// where it is given, and must be where there are approvals.
 	Base Digest `json:"base,omitempty"`
+	// Until is the last height at which the change may be carried out; 0 is any.
+	// What was signed and then forgotten should not come to life years later.
+	Until uint64 `json:"until,omitempty"`
 	// Approvals of other officials than the record's signer, in any order.
 	Approvals []Approval `json:"approvals,omitempty"`
 }
@@ -401,6 +404,8 @@ func (r *Registry) Apply(height uint64, signer KeyID, c Change) error {
 		return kind.Errorf(kind.Denied, "key_id: %s %s is revoked", h.Type, h.ID)
 	case c.District != r.district:
 		return kind.Errorf(kind.Invalid, "district: %q, this is %q", c.District, r.district)
+	case c.Until != 0 && height > c.Until:
+		return kind.Errorf(kind.Stale, "until: the change was to be carried out by block %d, this is %d", c.Until, height)
 	case r.nonces[nonceKey{signer, c.Nonce}]:
 		return kind.Errorf(kind.Conflict, "nonce: %d was used by this signer before", c.Nonce)
 	}

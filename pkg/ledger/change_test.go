@@ -15,10 +15,10 @@ func TestReadChange(t *testing.T) {
 		return append(binary.AppendUvarint([]byte{n<<3 | 2}, uint64(len(v))), v...)
 	}
 	base, sigs := bytes.Repeat([]byte{7}, 32), [2][]byte{bytes.Repeat([]byte{1}, 64), bytes.Repeat([]byte{2}, 64)}
-	want := identity.Change{District: "harbour", Action: "put", Type: "policy", ID: "day", Body: []byte("{}"), Nonce: 5, Base: base,
+	want := identity.Change{District: "harbour", Action: "put", Type: "policy", ID: "day", Body: []byte("{}"), Nonce: 5, Base: base, Until: 7,
 		Approvals: []identity.Approval{{Key: "aa", Signature: sigs[0]}, {Key: "bb", Signature: sigs[1]}}}
 	p := bytes.Join([][]byte{field(1, "harbour"), field(2, "put"), field(3, "policy"), field(4, "day"), field(5, "{}"), {6 << 3, 5}, field(7, string(base)),
-		field(8, string(append(field(1, "aa"), field(2, string(sigs[0]))...))), field(8, string(append(field(1, "bb"), field(2, string(sigs[1]))...)))}, nil)
+		field(8, string(append(field(1, "aa"), field(2, string(sigs[0]))...))), field(8, string(append(field(1, "bb"), field(2, string(sigs[1]))...))), {9 << 3, 7}}, nil)
 	got, err := readChange(identity.Envelope{ContentType: identity.Protobuf, Payload: p})
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, %v\nwant %+v", got, err, want)

@@ -671,7 +671,7 @@ func readChange(e identity.Envelope) (identity.Change, error) {
 	if !ok {
 		return identity.Change{}, errors.New("cannot be decoded")
 	}
-	c := identity.Change{Action: m.texts[2], Type: identity.EntryType(m.texts[3]), ID: m.texts[4], Nonce: m.numbers[6]}
+	c := identity.Change{Action: m.texts[2], Type: identity.EntryType(m.texts[3]), ID: m.texts[4], Nonce: m.numbers[6], Until: m.numbers[9]}
 	c.District = traffic.DistrictID(m.texts[1])
 	if b, ok := m.texts[5]; ok {
 		c.Body = json.RawMessage(b)

@@ -21,7 +21,9 @@ type RegistryView struct {
 	// Version counts the changes since genesis.
 	Version uint64 `json:"version"`
 	// Hash is that of the whole state, as headers have it.
-	Hash    string           `json:"hash"`
+	Hash string `json:"hash"`
+	// Height is that of the newest block whose records are in it.
+	Height  uint64           `json:"height"`
 	Entries []identity.Entry `json:"entries"`
 }
 
@@ -112,9 +114,10 @@ func commitment(h ledger.Hash) string { return hex.EncodeToString(h[:]) }
 // registryRoutes serves the registry in force.
 func (g *Gateway) registryRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("GET /v1/registry", func(w http.ResponseWriter, r *http.Request) {
+		height := g.cfg.State.Height() // before the registry: no more than what is in it
 		reg := g.cfg.State.Registry()
 		h := reg.Hash()
-		v := RegistryView{District: reg.District(), Version: reg.Version(), Hash: hex.EncodeToString(h[:]),
+		v := RegistryView{District: reg.District(), Height: uint64(height), Version: reg.Version(), Hash: hex.EncodeToString(h[:]),
 			Entries: reg.Entries(identity.EntryType(r.URL.Query().Get("type")))}
 		if v.Entries == nil {
 			v.Entries = []identity.Entry{}

@@ -118,9 +118,7 @@ func TestRegistryView(t *testing.T) {
 		t.Errorf("got %v of no type, want an empty list", none.Entries)
 	}
 	g := identity.Genesis{District: all.District}
-	for _, e := range all.Entries {
-		g.Entries = append(g.Entries, e)
-	}
+	g.Entries = append(g.Entries, all.Entries...)
 	reg, err := identity.NewRegistry(&g)
 	if err != nil {
 		t.Fatal(err)

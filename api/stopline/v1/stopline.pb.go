@@ -1184,7 +1184,9 @@ type RegistryChange struct {
 	// May be empty where nobody approves.
 	Base []byte `protobuf:"bytes,7,opt,name=base,proto3" json:"base,omitempty"`
 	// Of other officials than the record's signer, in any order, at most 16.
-	Approvals     []*Approval `protobuf:"bytes,8,rep,name=approvals,proto3" json:"approvals,omitempty"`
+	Approvals []*Approval `protobuf:"bytes,8,rep,name=approvals,proto3" json:"approvals,omitempty"`
+	// The last height at which the change may be carried out; 0 is any.
+	Until         uint64 `protobuf:"varint,9,opt,name=until,proto3" json:"until,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1273,6 +1275,13 @@ func (x *RegistryChange) GetApprovals() []*Approval {
 		return x.Approvals
 	}
 	return nil
+}
+
+func (x *RegistryChange) GetUntil() uint64 {
+	if x != nil {
+		return x.Until
+	}
+	return 0
 }
 
 // Approval is an official's signature on a registry change; see pkg/identity.
@@ -2316,7 +2325,7 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x06device\x18\x03 \x01(\tR\x06device\x12$\n" +
 	"\x0etime_unix_nano\x18\x04 \x01(\x03R\ftimeUnixNano\x12+\n" +
 	"\x06signal\x18\x05 \x01(\v2\x13.stopline.v1.SignalR\x06signal\x122\n" +
-	"\x06result\x18\x06 \x01(\v2\x1a.stopline.v1.CommandResultR\x06result\"\xdb\x01\n" +
+	"\x06result\x18\x06 \x01(\v2\x1a.stopline.v1.CommandResultR\x06result\"\xf1\x01\n" +
 	"\x0eRegistryChange\x12\x1a\n" +
 	"\bdistrict\x18\x01 \x01(\tR\bdistrict\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12\x12\n" +
@@ -2325,7 +2334,8 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x04body\x18\x05 \x01(\fR\x04body\x12\x14\n" +
 	"\x05nonce\x18\x06 \x01(\x04R\x05nonce\x12\x12\n" +
 	"\x04base\x18\a \x01(\fR\x04base\x123\n" +
-	"\tapprovals\x18\b \x03(\v2\x15.stopline.v1.ApprovalR\tapprovals\"?\n" +
+	"\tapprovals\x18\b \x03(\v2\x15.stopline.v1.ApprovalR\tapprovals\x12\x14\n" +
+	"\x05until\x18\t \x01(\x04R\x05until\"?\n" +
 	"\bApproval\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\"f\n" +

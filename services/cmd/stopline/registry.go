@@ -46,7 +46,8 @@ none. The file goes round by any way; nothing in it is secret.
 
 sign prints what is signed, then adds an official's approval to the file. It is
 for this change to this state of the entry, once: after any other change to the
-same entry it is worth nothing, and the change must be proposed again.
+same entry, or the block that the proposal stands until, it is worth nothing, and
+the change must be proposed again.
 
 submit sends the change in a record signed by the official of --key, who counts
 as one of those needed, and waits until it is in force. Where the validators
@@ -62,6 +63,7 @@ and keys/official-ambulance.key. Elsewhere every official keeps their own.`,
 		fs.StringVar(&o.id, "id", "", "propose: `ID` of the entry")
 		fs.StringVar(&o.file, "file", "", "propose: `FILE` with the entry's body, JSON")
 		fs.BoolVar(&o.revoke, "revoke", false, "propose to revoke the entry instead")
+		fs.Uint64Var(&o.blocks, "blocks", 5_000_000, "propose: for how many `BLOCKS` the proposal stands, 0 for ever;\n5000000 are some days, by how busy the district is")
 		fs.StringVar(&o.out, "out", "", "propose: `FILE` to write, which must not be there yet")
 		fs.StringVar(&o.key, "key", "", "sign, submit: `FILE` with an official's private key")
 		fs.BoolVar(&o.json, "json", false, "show, submit: print JSON")
@@ -90,6 +92,7 @@ and keys/official-ambulance.key. Elsewhere every official keeps their own.`,
 
 type registryOptions struct {
 	url, typ, id, file, out, key string
+	blocks                       uint64
 	revoke, json                 bool
 	given                        bool // url, on the command line
 	wait                         time.Duration
@@ -276,6 +279,11 @@ func (o *registryOptions) propose(ctx context.Context, args []string, s streams)
 		return err
 	}
 	c.District = v.District
+	if o.blocks > 0 {
+		if c.Until = v.Height + o.blocks; c.Until < o.blocks {
+			return fmt.Errorf("--blocks %d: is more than there will be", o.blocks)
+		}
+	}
 	var inForce *identity.Entry
 	e, found, err := entry(ctx, o.url, c.Type, c.ID)
 	if err != nil {
@@ -322,6 +330,9 @@ func describe(w io.Writer, p *identity.Proposal) error {
 		what = fmt.Sprintf("%s since block %d", p.Replaces.Status, p.Replaces.Since)
 	}
 	fmt.Fprintf(w, "%s %s %s in district %s (%s)\nbase %x, nonce %d\n", c.Action, c.Type, clean(c.ID), clean(string(c.District)), what, []byte(c.Base), c.Nonce)
+	if c.Until != 0 {
+		fmt.Fprintf(w, "stands until block %d\n", c.Until)
+	}
 	if c.Action == identity.Revoke {
 		return nil
 	}

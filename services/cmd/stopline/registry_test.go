@@ -14,6 +14,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/pkg/validate"
+	"github.com/stopline-traffic/stopline/services/gateway"
 	"github.com/stopline-traffic/stopline/services/internal/district"
 )
 
@@ -145,6 +146,20 @@ func TestRegistryPlanChange(t *testing.T) {
 	}
 	wantExit(t, reg("submit", "--key", key(district.AmbulanceOfficial), proposal), exitFailed, "was changed at block", "propose it again")
 	wantExit(t, reg("sign", "--key", key(district.AmbulanceOfficial), proposal), exitFailed, "was changed at block", "propose it again")
+
+	// What was signed and forgotten does not come to life later.
+	wantExit(t, reg("propose", "--type", "software", "--id", "v8", "--file", write("v8.json", map[string]string{}), "--out", file("v8"), "--blocks", "1"), exitOK, "stands until block ")
+	wantExit(t, reg("sign", "--key", key(district.PoliceOfficial), file("v8")), exitOK, "stands until block ")
+	p, err = readProposal(file("v8"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "a block after that", soon, func() bool {
+		var v gateway.RegistryView
+		b, err := d.get("/v1/registry?type=governance")
+		return err == nil && json.Unmarshal(b, &v) == nil && v.Height > p.Change.Until
+	})
+	wantExit(t, reg("submit", "--key", key(district.RegistrarKey), file("v8")), exitFailed, "refused by the validators (registry): until: the change was to be carried out by block ")
 
 	// An official is dismissed by the two others, and has no say from then on.
 	wantExit(t, reg("propose", "--type", "official", "--id", district.PoliceOfficial, "--revoke", "--out", file("gone.json")), exitOK, "revoke official official-police")

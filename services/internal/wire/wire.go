@@ -316,7 +316,7 @@ func DecodeChange(contentType string, payload []byte) (identity.Change, error) {
 	}
 	c := identity.Change{
 		District: traffic.DistrictID(m.District), Action: m.Action, Type: identity.EntryType(m.Type),
-		ID: m.Id, Body: m.Body, Nonce: m.Nonce, Base: m.Base,
+		ID: m.Id, Body: m.Body, Nonce: m.Nonce, Base: m.Base, Until: m.Until,
 	}
 	for _, a := range m.Approvals {
 		c.Approvals = append(c.Approvals, identity.Approval{Key: identity.KeyID(a.KeyId), Signature: a.Signature})
@@ -327,7 +327,7 @@ func DecodeChange(contentType string, payload []byte) (identity.Change, error) {
 // EncodeChange returns the protobuf payload of a registry record.
 func EncodeChange(c identity.Change) []byte {
 	m := &pb.RegistryChange{
-		District: string(c.District), Action: c.Action, Type: string(c.Type), Id: c.ID, Body: c.Body, Nonce: c.Nonce, Base: c.Base,
+		District: string(c.District), Action: c.Action, Type: string(c.Type), Id: c.ID, Body: c.Body, Nonce: c.Nonce, Base: c.Base, Until: c.Until,
 	}
 	for _, a := range c.Approvals {
 		m.Approvals = append(m.Approvals, &pb.Approval{KeyId: string(a.Key), Signature: a.Signature})

@@ -322,7 +322,7 @@ func TestEncodeQuarantinedTakesAnyReason(t *testing.T) {
 
 // A change comes back from JSON and from protobuf as what its approvers signed.
 func TestChangeComesBackAsItWas(t *testing.T) {
-	want := identity.Change{District: "harbour", Action: identity.Put, Type: identity.TypePolicy, ID: "day", Body: []byte(`{"a":"<&>"}`), Nonce: 1 << 60,
+	want := identity.Change{District: "harbour", Action: identity.Put, Type: identity.TypePolicy, ID: "day", Body: []byte(`{"a":"<&>"}`), Nonce: 1 << 60, Until: 1 << 40,
 		Base: bytes.Repeat([]byte{7}, 32), Approvals: []identity.Approval{
 			{Key: "00112233445566778899aabbccddeeff", Signature: bytes.Repeat([]byte{1}, 64)}, {Key: "ff112233445566778899aabbccddeeff", Signature: bytes.Repeat([]byte{2}, 64)}}}
 	got, err := wire.DecodeChange(identity.Protobuf, wire.EncodeChange(want))
