@@ -21,8 +21,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/mod/sumdb/note"
-
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
@@ -56,11 +54,11 @@ const keepBlocks = 12
 
 // Gateway holds the live view.
 type Gateway struct {
-	cfg       Config
-	log       *slog.Logger
-	cosigners []note.Verifier // the validators'
+	cfg Config
+	log *slog.Logger
 
 	mu        sync.Mutex // guards all below
+	councils  []council  // of validators, by since
 	known     *identity.Registry
 	junctions map[traffic.JunctionID]*JunctionView
 	devices   map[traffic.DeviceID]traffic.FrameKey // newest agreed frame
@@ -205,11 +203,14 @@ func New(c Config) (*Gateway, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	cosigners, err := cosigners(ledger.Origin(c.District), c.Follow.Validators)
-	if err != nil {
+	first := council{validators: c.Follow.Validators}
+	if reg := c.State.Registry(); reg.MembersSince() > 0 {
+		first = council{ledger.Height(reg.MembersSince()), reg.Validators(), nil}
+	}
+	if err := first.open(c.District); err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
-	g := &Gateway{cfg: c, log: c.Logger, cosigners: cosigners, junctions: map[traffic.JunctionID]*JunctionView{},
+	g := &Gateway{cfg: c, log: c.Logger, councils: []council{first}, junctions: map[traffic.JunctionID]*JunctionView{},
 		devices: map[traffic.DeviceID]traffic.FrameKey{}, undecided: map[traffic.JunctionID]traffic.FrameKey{}, waiters: make(chan struct{}), started: c.Now()}
 	g.define(c.State.Registry())
 	return g, nil
@@ -254,6 +255,13 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 		v.Votes = append(v.Votes, vote.Validator)
 	}
 	slices.Sort(v.Votes)
+	if b.Validators != nil {
+		next := council{b.Header.Height, b.Validators, nil}
+		if err := next.open(g.cfg.District); err != nil {
+			return fmt.Errorf("block %d: %w", b.Header.Height, err)
+		}
+		g.councils = append(g.councils, next)
+	}
 	if reg != g.known { // a registry never changes: another one is another state
 		g.known = reg
 		g.define(reg)

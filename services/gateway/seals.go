@@ -10,20 +10,39 @@ import (
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
 
-// cosigners returns the verifiers of the validators' cosignatures.
-func cosigners(origin string, validators []identity.Validator) ([]note.Verifier, error) {
-	out := make([]note.Verifier, len(validators))
-	for i, v := range validators {
-		c, err := ledger.NewCosigner(ledger.CosignerName(origin, v.Number), ed25519.PublicKey(v.CosignKey))
+// council is a set of validators: who cosigns checkpoints of the blocks after
+// one.
+type council struct {
+	since      ledger.Height
+	validators []identity.Validator
+	cosigners  []note.Verifier
+}
+
+// open makes the cosigners.
+func (c *council) open(d traffic.DistrictID) error {
+	for _, v := range c.validators {
+		k, err := ledger.NewCosigner(ledger.CosignerName(ledger.Origin(d), v.Number), ed25519.PublicKey(v.CosignKey))
 		if err != nil {
-			return nil, fmt.Errorf("validator %d: %w", v.Number, err)
+			return fmt.Errorf("validator %d: %w", v.Number, err)
 		}
-		out[i] = c
+		c.cosigners = append(c.cosigners, k)
 	}
-	return out, nil
+	return nil
+}
+
+// cosigners are those of the log after a block, as far as is known here.
+func (g *Gateway) cosigners(h ledger.Height) []note.Verifier {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	i := len(g.councils) - 1
+	for i > 0 && g.councils[i].since >= h {
+		i--
+	}
+	return g.councils[i].cosigners
 }
 
 // openSeal decodes an announced seal and checks that a quorum of validators has
@@ -36,7 +55,8 @@ func (g *Gateway) openSeal(data []byte) (*pb.Seal, error) {
 	if len(s.Checkpoint) > ledger.MaxNote {
 		return nil, fmt.Errorf("checkpoint: %d bytes, at most %d are taken", len(s.Checkpoint), ledger.MaxNote)
 	}
-	n, err := note.Open(s.Checkpoint, note.VerifierList(g.cosigners...))
+	cosigners := g.cosigners(ledger.Height(s.Height))
+	n, err := note.Open(s.Checkpoint, note.VerifierList(cosigners...))
 	if err != nil {
 		return nil, fmt.Errorf("checkpoint: %w", err)
 	}
@@ -48,7 +68,7 @@ func (g *Gateway) openSeal(data []byte) (*pb.Seal, error) {
 		return nil, fmt.Errorf("checkpoint: of %s at %d, announced as %s at %d", c.Origin, c.Size, origin, s.Size)
 	}
 	// Open has left out signatures that name one key twice.
-	if q := ledger.Quorum(len(g.cosigners)); len(n.Sigs) < q {
+	if q := ledger.Quorum(len(cosigners)); len(n.Sigs) < q {
 		return nil, fmt.Errorf("checkpoint: cosigned by %d validators, %d are needed", len(n.Sigs), q)
 	}
 	return &s, nil
