@@ -87,6 +87,7 @@ func ValidatorPermissions(d traffic.DistrictID, n uint64) Permissions {
 	p.subscribe(BFTTo(d, n), Sync(d, n), Cosign(d, n))
 	p.publish(sub(d, "bft", "*", num(n)), sub(d, "sync", "*"), Decision(d, n), Dead(d, ConsensusDurable(n)))
 	p.durable(AcceptedStream, ConsensusDurable(n), Accepted(d))
+	p.api("CONSUMER.DELETE." + AcceptedStream + "." + ConsensusDurable(n)) // when it is revoked
 	p.api("STREAM.INFO."+DecisionStream, "STREAM.MSG.GET."+DecisionStream)
 	p.answer()
 	return p
