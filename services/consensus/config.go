@@ -74,6 +74,9 @@ type Timing struct {
 	// Meet is how often a starting validator asks its peers whether they know a
 	// later start of its own. Default 50 ms.
 	Meet time.Duration
+	// Compare is how often a validator compares its chain with its peers'. Default
+	// 2 s.
+	Compare time.Duration
 }
 
 func (t Timing) withDefaults() Timing {
@@ -93,6 +96,7 @@ func (t Timing) withDefaults() Timing {
 	or(&t.Resend, 100*time.Millisecond)
 	or(&t.Fetch, 500*time.Millisecond)
 	or(&t.Meet, 50*time.Millisecond)
+	or(&t.Compare, compareEvery)
 	return t
 }
 
@@ -179,7 +183,7 @@ func (c Config) Validate() error {
 	for name, d := range map[string]time.Duration{
 		"Tick": t.Tick, "BatchWait": t.BatchWait, "Heartbeat": t.Heartbeat, "Complain": t.Complain,
 		"ViewChange": t.ViewChange, "ViewChangeResend": t.ViewChangeResend, "Behind": t.Behind, "Collect": t.Collect,
-		"Resend": t.Resend, "Fetch": t.Fetch, "Meet": t.Meet,
+		"Resend": t.Resend, "Fetch": t.Fetch, "Meet": t.Meet, "Compare": t.Compare,
 	} {
 		if d < 0 {
 			bad("Timing.%s: must not be negative", name)

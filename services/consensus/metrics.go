@@ -18,7 +18,7 @@ type counters struct {
 	replayed, restored, equivocations, withheld                atomic.Uint64
 	cosigned, cosignRefused, published, publishRetries, badReq atomic.Uint64
 	gone                                                       atomic.Uint64
-	elsewhere, strangers                                       atomic.Uint64
+	elsewhere, strangers, forks                                atomic.Uint64
 	purged, headers, taken, falseAnswers, falseSnapshots       atomic.Uint64
 
 	mu      sync.Mutex
@@ -74,6 +74,9 @@ type Stats struct {
 	// Elsewhere counts valid messages meant for other members than those in force
 	// here, Strangers messages in the name of who is no validator.
 	Elsewhere, Strangers uint64
+	// Forks counts the times that a peer had another decided block at a height
+	// than this validator: more validators lie than may.
+	Forks uint64
 	// Members is the height of the block that made the validators what they are, 0
 	// for genesis; Validators are their numbers.
 	Members    ledger.Height
@@ -101,7 +104,7 @@ func (c *counters) stats() Stats {
 		Sent: c.sent.Load(), Resent: c.resent.Load(), Received: c.received.Load(), Dropped: c.dropped.Load(), Invalid: c.invalid.Load(),
 		Replayed: c.replayed.Load(), Restored: c.restored.Load(), Equivocations: c.equivocations.Load(), Withheld: c.withheld.Load(),
 		Cosigned: c.cosigned.Load(), CosignRefused: c.cosignRefused.Load(), Published: c.published.Load(),
-		Elsewhere: c.elsewhere.Load(), Strangers: c.strangers.Load(),
+		Elsewhere: c.elsewhere.Load(), Strangers: c.strangers.Load(), Forks: c.forks.Load(),
 		PublishRetries: c.publishRetries.Load(), BadRequests: c.badReq.Load(), Gone: c.gone.Load(),
 		Headers: c.headers.Load(), Snapshots: c.taken.Load(), FalseAnswers: c.falseAnswers.Load(), FalseSnapshots: c.falseSnapshots.Load(),
 		Purged: c.purged.Load(),

@@ -41,6 +41,9 @@ type Validator struct {
 	ready chan struct{} // closed when the engine runs
 	begun sync.Once     // closes ready
 
+	// others are validators who are not known as such here: see discover.
+	others atomic.Pointer[[]uint64]
+
 	seatMu sync.Mutex
 	seat   *seat         // nil while there is none
 	moved  chan struct{} // closed and replaced with seat
@@ -182,6 +185,7 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 		run.Actor{Name: "cosign", Run: cosigner.run},
 		run.Actor{Name: "publish", Run: v.publisher.run},
 		run.Actor{Name: "intake", Run: v.intake.run},
+		run.Actor{Name: "compare", Run: v.compare},
 		run.Actor{Name: "engine", Run: v.runEngine},
 	)
 	if cause := context.Cause(ctx); errors.Is(cause, errFailed) {
