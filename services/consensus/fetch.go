@@ -85,6 +85,7 @@ func (k *core) serve(ctx context.Context, req *pb.SyncRequest) (resp *pb.SyncRes
 type fetcher struct {
 	core   *core
 	self   uint64
+	others []uint64      // asked beside the members: see [Validator.discover]
 	wait   time.Duration // for an answer
 	beyond int           // see Config.SnapshotBeyond; negative: only where payloads are gone
 	// ask sends a request and waits for the answer.
@@ -96,7 +97,11 @@ type fetcher struct {
 }
 
 func (v *Validator) newFetcher() *fetcher {
-	return &fetcher{core: v.core, self: v.c.Number, wait: v.c.Timing.Fetch, beyond: v.c.SnapshotBeyond, aside: map[uint64]bool{},
+	var others []uint64
+	if o := v.others.Load(); o != nil {
+		others = *o
+	}
+	return &fetcher{core: v.core, self: v.c.Number, others: others, wait: v.c.Timing.Fetch, beyond: v.c.SnapshotBeyond, aside: map[uint64]bool{},
 		ask: func(ctx context.Context, peer uint64, req []byte) ([]byte, error) {
 			if v.cut != nil && v.cut(peer) {
 				return nil, errors.New("cut off")
@@ -107,7 +112,13 @@ func (v *Validator) newFetcher() *fetcher {
 
 // peers are the members who may have more, and are not set aside.
 func (f *fetcher) peers(m *members) []uint64 {
-	return slices.DeleteFunc(m.numbers(), func(n uint64) bool { return n == f.self || f.aside[n] })
+	all := m.numbers()
+	for _, n := range f.others {
+		if !slices.Contains(all, n) {
+			all = append(all, n)
+		}
+	}
+	return slices.DeleteFunc(all, func(n uint64) bool { return n == f.self || f.aside[n] })
 }
 
 // fetch gets from peers what they have decided beyond this validator, checks it
@@ -218,8 +229,11 @@ func (f *fetcher) askAll(ctx context.Context, peers []uint64, req *pb.SyncReques
 // progress. While one peer gives as much as fits, the others are left in peace;
 // a peer that gives little has to compete with them.
 func (f *fetcher) once(ctx context.Context) (progress bool, err error) {
-	if !f.core.whole() {
-		return f.bySnapshot(ctx)
+	whole := f.core.whole()
+	if !whole {
+		if done, err := f.bySnapshot(ctx, true); err != nil || done {
+			return done, err
+		}
 	}
 	req := &pb.SyncRequest{FromHeight: uint64(f.core.height() + 1)}
 	if f.useful != 0 {
@@ -237,9 +251,8 @@ func (f *fetcher) once(ctx context.Context) (progress bool, err error) {
 	members := f.core.members()
 	answers := f.askAll(ctx, f.peers(members), req)
 	slices.SortStableFunc(answers, func(a, b answer) int { return len(b.resp.Blocks) - len(a.resp.Blocks) })
-	if f.far(members, answers) {
-		done, err := f.bySnapshot(ctx)
-		if err != nil || done {
+	if whole && f.far(members, answers) {
+		if done, err := f.bySnapshot(ctx, false); err != nil || done {
 			return done, err
 		}
 	}
@@ -257,8 +270,8 @@ func (f *fetcher) once(ctx context.Context) (progress bool, err error) {
 		}
 		gone = gone || len(a.resp.Blocks) > 0
 	}
-	if gone {
-		return f.bySnapshot(ctx)
+	if whole && gone {
+		return f.bySnapshot(ctx, true)
 	}
 	return false, nil
 }
@@ -308,8 +321,10 @@ func (f *fetcher) apply(a answer) (n int, err error) {
 //
 // Those who sign must be members when the state's block is decided: what
 // validators say who were revoked before, and whose keys may be anybody's, counts
-// for nothing. If that cannot be told yet, headers are fetched until it can.
-func (f *fetcher) bySnapshot(ctx context.Context) (bool, error) {
+// for nothing. If that cannot be told yet, headers are fetched until it can;
+// must says that there is no other way to go on, so that they may be stored
+// before there is a state to go with them.
+func (f *fetcher) bySnapshot(ctx context.Context, must bool) (bool, error) {
 	k := f.core
 	at, err := k.follow()
 	if err != nil {
@@ -324,6 +339,9 @@ func (f *fetcher) bySnapshot(ctx context.Context) (bool, error) {
 	}
 	best, signers := f.agree(members, offered)
 	if best.height == 0 {
+		if !must {
+			return false, nil
+		}
 		// The members may be others by now.
 		slices.Sort(reach)
 		i := len(reach) - 1 - ledger.Faults(len(members.validators))
@@ -337,7 +355,7 @@ func (f *fetcher) bySnapshot(ctx context.Context) (bool, error) {
 	if st == nil {
 		return false, nil
 	}
-	if err := k.shelf.put(b, st.registryHash); err != nil {
+	if err := k.shelf.stage(b); err != nil {
 		return false, fatalError{err}
 	}
 	if at, err = f.headers(ctx, at, best.height); err != nil || at.height() < best.height {
@@ -357,7 +375,13 @@ func (f *fetcher) bySnapshot(ctx context.Context) (bool, error) {
 	case at.height() == best.height && at.registryHash != st.registryHash:
 		return false, fmt.Errorf("f+1 validators have signed a state after block %d whose registry is not what was decided", best.height)
 	}
+	if err := k.shelf.put(b, st.registryHash); err != nil {
+		return false, fatalError{err}
+	}
 	if err := k.install(st); err != nil {
+		return false, err
+	}
+	if err := k.shelf.unstage(); err != nil {
 		return false, err
 	}
 	// What was stored further than the snapshot, where its payload is here.
@@ -396,7 +420,7 @@ func (f *fetcher) agree(m *members, offered map[uint64][]*pb.SnapshotOffer) (bes
 // download gets the bytes of a snapshot from one who has signed its digest.
 func (f *fetcher) download(ctx context.Context, want snapshot, signers []uint64) (*state, []byte) {
 	k := f.core
-	if b, err := k.shelf.load(want.height); err == nil { // from an attempt before
+	if b, err := k.shelf.staged(); err == nil { // from an attempt before
 		if st, err := k.openSnapshot(b, want); err == nil {
 			return st, b
 		}

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"google.golang.org/protobuf/proto"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
@@ -275,6 +277,9 @@ func (v *Validator) sit(s *seat) {
 // How often a validator that is no member, or cannot become one yet, looks again.
 const (
 	waitPoll = 100 * time.Millisecond
+	// discoverEvery is after how many looks in vain others than the known
+	// validators are asked too.
+	discoverEvery = 5
 	// engineStop bounds how long the engine of members of before is waited for;
 	// nothing that it does after that comes through.
 	engineStop = 3 * time.Second
@@ -287,7 +292,10 @@ const (
 // one, and returns nil when it is none any more.
 func (v *Validator) runEngine(ctx context.Context) error {
 	met, first := false, true
-	for ctx.Err() == nil {
+	for round := 0; ctx.Err() == nil; round++ {
+		if round%discoverEvery == discoverEvery-1 {
+			v.discover(ctx)
+		}
 		if !first || !v.core.whole() {
 			if err := v.fetch(ctx); err != nil {
 				return err
@@ -331,11 +339,40 @@ func (v *Validator) runEngine(ctx context.Context) error {
 				continue
 			}
 		}
+		v.others.Store(nil)
 		if err := v.serve(ctx, m); err != nil {
 			return err
 		}
 	}
 	return ctx.Err()
+}
+
+// discover looks for validators who are not known here: those who are may have
+// been revoked long ago, and be gone. Who publishes decisions is asked for blocks
+// too; blocks prove themselves.
+func (v *Validator) discover(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	var found []uint64
+	st, err := v.c.Bus.JS.Stream(ctx, topic.DecisionStream)
+	if err == nil {
+		var info *jetstream.StreamInfo
+		if info, err = st.Info(ctx, jetstream.WithSubjectFilter(topic.DecisionAll(v.c.District))); err == nil {
+			m := v.core.members()
+			prefix := strings.TrimSuffix(topic.Decision(v.c.District, 0), "0")
+			for subject := range info.State.Subjects {
+				n, err := strconv.ParseUint(strings.TrimPrefix(subject, prefix), 10, 64)
+				if _, known := m.validator(n); err == nil && !known && n != v.c.Number && len(found) < 2*identity.MaxValidators {
+					found = append(found, n)
+				}
+			}
+		}
+	}
+	if err != nil {
+		v.log.Debug("cannot see who publishes decisions", "err", err)
+		return
+	}
+	v.others.Store(&found)
 }
 
 func pause(ctx context.Context, d time.Duration) error {

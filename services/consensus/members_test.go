@@ -21,6 +21,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/validate"
 	"github.com/stopline-traffic/stopline/services/internal/decided"
+	"github.com/stopline-traffic/stopline/services/internal/seglog"
 )
 
 // council is a cluster whose members change while frames come in.
@@ -455,4 +456,115 @@ func TestRevokedWhileAway(t *testing.T) {
 		c.left(5)
 	}
 	c.finish(1, 2, 3, 4)
+}
+
+// A validator whose peers speak for later members stops its engine when one of
+// them must be honest, and not for a few liars.
+func TestWhoIsLeftBehindHearsOfIt(t *testing.T) {
+	b := newBenchOf(t, 7)
+	s := &seat{Validator: &Validator{core: b.k, log: b.c.Logger}, members: b.k.members(), left: make(chan struct{}), ahead: map[uint64]bool{}}
+	s.hear(2, 0) // as late as itself
+	for range 5 {
+		s.hear(3, 9)
+	}
+	if s.hear(4, 9); s.over() {
+		t.Error("two liars of seven end it")
+	}
+	s.hear(5, 12)
+	select {
+	case <-s.left:
+	default:
+		t.Error("three of seven speak for later members, and it goes on")
+	}
+	// Nothing of its engine comes through any more.
+	if _, err := s.verify(slot{}, ledger.Hash{}, proposal{}); err == nil {
+		t.Error("it verifies a proposal")
+	}
+	if p := s.assemble(slot{}, []byte("m"), nil); p.Header != nil {
+		t.Error("it makes a proposal")
+	}
+	if err := s.save([]byte("no entry"), false, nil); err != nil {
+		t.Errorf("saving: got %v, want it left out", err)
+	}
+	s.fail(errors.New("of no matter"))
+}
+
+// The engine's entries belong to one set of members; the votes stay. A crash
+// between a change and this leaves the entries, and they are dropped at the start.
+func TestTheJournalBelongsToMembers(t *testing.T) {
+	dir := t.TempDir()
+	open := func() *journal {
+		t.Helper()
+		j, err := openJournal(dir, seglog.Options{}, func([]byte) ([]vote, error) { return nil, nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		return j
+	}
+	j := open()
+	v := vote{slot{1, 7, phaseCommit}, ledger.Hash{1}}
+	if err := errors.Join(j.save([]byte("entry"), true, nil), j.save([]byte("another"), false, nil), j.permit(v), j.close()); err != nil {
+		t.Fatal(err)
+	}
+	j = open()
+	if n := len(j.initial()); n != 2 {
+		t.Fatalf("entries: got %d, want 2", n)
+	}
+	if err := j.configure(7); err != nil || len(j.initial()) != 0 {
+		t.Errorf("with other members: got %d entries, %v, want none", len(j.initial()), err)
+	}
+	if err := errors.Join(j.save([]byte("of the new"), false, nil), j.close()); err != nil {
+		t.Fatal(err)
+	}
+	j = open()
+	if err := j.configure(7); err != nil || len(j.initial()) != 1 {
+		t.Errorf("with the same members: got %d entries, %v, want 1", len(j.initial()), err)
+	}
+	if err := j.permit(vote{v.slot, ledger.Hash{2}}); !errors.Is(err, errTwoVotes) {
+		t.Errorf("another vote in a slot of before: got %v, want it refused", err)
+	}
+	if err := j.configure(3); err == nil {
+		t.Error("members of before the journal's are taken")
+	}
+	if err := errors.Join(j.save([]byte("cut"), true, nil), j.close()); err != nil { // what is before is let go of
+		t.Fatal(err)
+	}
+	j = open()
+	defer j.close()
+	if j.config != 7 {
+		t.Errorf("after a cut: got members since %d, want 7", j.config)
+	}
+}
+
+// As many validators as the registry allows fit the messages, and no more.
+func TestTheMostValidatorsFit(t *testing.T) {
+	if got := maxPayload(identity.MaxValidators); got < MaxRequest+4 {
+		t.Errorf("%d validators: a payload of %d bytes, want room for a request of %d", identity.MaxValidators, got, MaxRequest)
+	}
+	if got := maxPayload(identity.MaxValidators + 1); got >= MaxRequest+4 {
+		t.Errorf("%d validators would fit as well", identity.MaxValidators+1)
+	}
+	for n, want := range map[int]int{4: 3, 5: 4, 6: 4, 7: 5, 8: 6, 9: 6, 10: 7} {
+		if got := ledger.Quorum(n); got != want {
+			t.Errorf("quorum of %d: got %d, want %d", n, got, want)
+		}
+	}
+}
+
+// A newcomer knows the validators of genesis, and all of them are gone: it asks
+// those who publish decisions.
+func TestANewcomerFindsThoseWhoAreThere(t *testing.T) {
+	c := newCouncil(t, 4)
+	for n := uint64(5); n <= 8; n++ {
+		c.candidate(n, nil)
+		c.add(n-4, n)
+		c.sit(4, n-4, n-3, n-2, n-1, n)
+		c.revoke(n, n-4)
+		c.sit(3, n-3, n-2, n-1, n)
+		c.left(n - 4)
+	}
+	c.candidate(9, nil)
+	c.add(5, 9)
+	c.sit(4, 5, 6, 7, 8, 9)
+	c.finish(5, 6, 7, 8, 9)
 }
