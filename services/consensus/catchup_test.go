@@ -35,6 +35,7 @@ type history struct {
 	k     *core
 	units []*unit
 	nonce uint64
+	next  []*pb.Record // goes into the next block
 	// lies changes a peer's answer, or loses it.
 	mu   sync.Mutex
 	lies map[uint64]func(req *pb.SyncRequest, resp *pb.SyncResponse) error
@@ -77,7 +78,8 @@ func (h *history) grow(n int) {
 		for range min(n, 256) {
 			height := k.state.height() + 1
 			at := k.state.time().Add(time.Second)
-			rs := []*pb.Record{h.units[int(height)%len(h.units)].frame(at)}
+			rs := append([]*pb.Record{h.units[int(height)%len(h.units)].frame(at)}, h.next...)
+			h.next = nil
 			if height%registryEvery == 0 {
 				h.nonce++
 				id := fmt.Sprintf("x%d", h.nonce)
@@ -95,7 +97,9 @@ func (h *history) grow(n int) {
 			k.outcomes[string(header)] = o
 			m := &pb.Block{Header: header, Metadata: metadata(h.t, 0, height), Batches: o.batches, Verdicts: o.verdicts}
 			hash := o.header.Hash()
-			for i := uint64(1); i <= 3; i++ {
+			members := k.set().validators
+			for _, v := range members[:ledger.Quorum(len(members))] {
+				i := v.Number
 				m.Votes = append(m.Votes, &pb.VoteSignature{Validator: i, Signature: ed25519.Sign(voteKey(i), ledger.VoteInput(hash, m.Metadata))})
 			}
 			a, err := k.executeBlock(m)
@@ -115,6 +119,18 @@ func (h *history) grow(n int) {
 		}
 		k.snapshots.Wait()
 	}
+}
+
+// member decides a block that adds a validator, or revokes one.
+func (h *history) member(n uint64, action string) {
+	h.t.Helper()
+	h.nonce++
+	var body any
+	if action == identity.Put {
+		body = identity.Validator{Number: n, Department: fmt.Sprintf("department %d", n), VoteKey: pub(voteKey(n)), CosignKey: pub(cosignKey(n))}
+	}
+	h.next = []*pb.Record{change(h.t, h.nonce, action, identity.TypeValidator, fmt.Sprint(n), body)}
+	h.grow(1)
 }
 
 // marshalled is the encoded state.
@@ -413,6 +429,9 @@ func TestALiarPlantsNothing(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			h := &history{t: t, c: h.c, k: h.k, lies: map[uint64]func(*pb.SyncRequest, *pb.SyncResponse) error{}}
 			for _, beyond := range []int{-1, 10} {
+				if testing.Short() && beyond > 0 {
+					continue
+				}
 				_, k := h.newcomer()
 				h.lies[2] = tc.lie
 				f := h.fetcher(k, beyond)
@@ -462,6 +481,85 @@ func forgedState(t *testing.T, h *history) []byte {
 		t.Fatal(err)
 	}
 	return b
+}
+
+// TestBehindAcrossAChangeOfMembers: who may vouch for a state are those who were
+// members when its block was decided. The keys of f+1 validators of before, who
+// were revoked, plant nothing; not on the disk either.
+func TestBehindAcrossAChangeOfMembers(t *testing.T) {
+	h := newHistory(t, 20, 50*time.Second)
+	h.grow(110)
+	for n := uint64(5); n <= 7; n++ {
+		h.member(n, identity.Put)
+		h.grow(7)
+	}
+	h.member(2, identity.Revoke)
+	h.member(3, identity.Revoke)
+	h.grow(200)
+	forged := forgedState(t, h)
+	digest := sha256.Sum256(forged)
+	for _, p := range []uint64{2, 3} {
+		h.lies[p] = func(req *pb.SyncRequest, resp *pb.SyncResponse) error {
+			for _, o := range resp.Offers {
+				o.Digest, o.Size = digest[:], uint64(len(forged))
+				sign(o, voteKey(p))
+			}
+			if bytes.Equal(req.Snapshot, digest[:]) {
+				resp.Part, resp.Size = forged[req.Offset:], uint64(len(forged))
+			}
+			return nil
+		}
+	}
+	c, k := h.newcomer()
+	f := h.fetcher(k, -1)
+	for range 2 {
+		if _, err := f.once(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range k.shelf.all() {
+			if s.digest == digest {
+				t.Fatal("the forged state is on the shelf, and would be offered to others")
+			}
+		}
+		// It starts again: what is on disk is not believed either.
+		if err := k.close(); err != nil {
+			t.Fatal(err)
+		}
+		k = openTest(t, c)
+		if k.state.devices.Quarantined("d1") {
+			t.Fatal("the forged state was started from")
+		}
+		f = h.fetcher(k, -1)
+	}
+	h.run(h.fetcher(k, -1))
+	h.caughtUp(k)
+	if k.state.devices.Quarantined("d1") {
+		t.Error("the forged state was taken")
+	}
+	if _, err := k.shelf.staged(); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the staged snapshot is still there: %v", err)
+	}
+}
+
+// TestNoSnapshotInCommon: where there is no state to be had, and every payload,
+// blocks are executed however many; also by a validator that has stored more
+// headers than it has a state for.
+func TestNoSnapshotInCommon(t *testing.T) {
+	h := newHistory(t, 1000, -1)
+	h.grow(300)
+	_, k := h.newcomer()
+	h.run(h.fetcher(k, 10))
+	h.caughtUp(k)
+	_, k = h.newcomer()
+	at, err := k.follow()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at, err = h.fetcher(k, -1).headers(t.Context(), at, 200); err != nil || at.height() != 200 || k.whole() {
+		t.Fatalf("headers: got to %d, %v, want 200 without a state", at.height(), err)
+	}
+	h.run(h.fetcher(k, -1))
+	h.caughtUp(k)
 }
 
 // TestKilledWhileFetching: wherever it ends, what is on disk is good to go on

@@ -98,6 +98,9 @@ func openShelf(dir string, genesis ledger.Hash, every ledger.Height) (s *shelf, 
 		return nil, nil, err
 	}
 	for _, e := range es {
+		if e.Name() == incoming {
+			continue
+		}
 		n, err := strconv.ParseUint(e.Name(), 10, 64)
 		if err != nil || s.path(ledger.Height(n)) != filepath.Join(dir, e.Name()) {
 			if filepath.Ext(e.Name()) == ".new" { // an interrupted [replaceFile]
@@ -186,6 +189,15 @@ func (s *shelf) put(b []byte, registry ledger.Hash) error {
 	}
 	return errors.Join(errs...)
 }
+
+// incoming is the file of a snapshot from peers that cannot be trusted yet: it is
+// neither offered to others nor started from. A later attempt finds it there, and
+// holds it against what is signed then.
+const incoming = "incoming"
+
+func (s *shelf) stage(b []byte) error    { return replaceFile(filepath.Join(s.dir, incoming), b) }
+func (s *shelf) staged() ([]byte, error) { return os.ReadFile(filepath.Join(s.dir, incoming)) }
+func (s *shelf) unstage() error          { return os.Remove(filepath.Join(s.dir, incoming)) }
 
 // all returns the snapshots there are, the oldest first.
 func (s *shelf) all() []snapshot {
