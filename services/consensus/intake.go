@@ -58,6 +58,10 @@ type parts struct {
 const (
 	ackWait    = 30 * time.Second
 	inProgress = ackWait / 3
+	// forget is when the consumer of a validator that is away ends: by then the
+	// stream, which keeps an hour, has nothing left of what it had not acknowledged.
+	// Nobody waits for ever for one who was revoked and did not come back.
+	forget = decidedFor
 )
 
 func newIntake(v *Validator) *intake {
@@ -130,6 +134,7 @@ func (in *intake) consume(ctx context.Context) error {
 		District: in.v.c.District, Stream: topic.AcceptedStream, Durable: name, Filter: topic.Accepted(in.v.c.District),
 		Batch: 16, MaxAckPending: poolRequests, AckWait: ackWait,
 		MaxDeliver: 1 << 30, // a message waits for its decision however often we restart
+		Idle:       forget,
 		Manual:     true,
 	}, func(_ context.Context, msgs []*bus.Msg) error {
 		for _, m := range msgs {

@@ -363,6 +363,10 @@ func TestWhoWasRevokedVotesInVain(t *testing.T) {
 	eventually(t, "a forged message refused", func() bool { return c.nodes[0].v.Stats().Invalid > before.Invalid })
 	c.progress(1, 2, 3, 4)
 	c.finish(1, 2, 3, 4)
+	// Where it could not remove its consumer, the server does.
+	if cons, err := c.bus.JS.Consumer(context.Background(), topic.AcceptedStream, topic.ConsensusDurable(1)); err != nil || cons.CachedInfo().Config.InactiveThreshold != forget {
+		t.Errorf("consumer of validator 1: got %v, want it to end after %v", err, forget)
+	}
 
 	gen, err := identity.ParseGenesis(c.genesis)
 	if err != nil {

@@ -43,6 +43,9 @@ type Consumer struct {
 	// MaxDeliver bounds tries of a message that fails with kind Internal or Stale;
 	// 0 means 5.
 	MaxDeliver int
+	// Idle is after how long without anybody consuming the server forgets the
+	// consumer. 0: never.
+	Idle time.Duration
 	// InOrder tries a message that failed again in place, holding up all others,
 	// instead of putting it back behind them.
 	InOrder bool
@@ -154,7 +157,8 @@ func (l *consumeLoop) run(ctx context.Context) error {
 	cons, err := l.bus.JS.CreateOrUpdateConsumer(try, l.Stream, jetstream.ConsumerConfig{
 		Durable: l.Durable, FilterSubject: l.Filter, DeliverPolicy: jetstream.DeliverAllPolicy,
 		AckPolicy: jetstream.AckExplicitPolicy, AckWait: l.AckWait, MaxAckPending: l.MaxAckPending,
-		MaxDeliver: -1, // we count: the server would drop silently
+		MaxDeliver:        -1, // we count: the server would drop silently
+		InactiveThreshold: l.Idle,
 	})
 	if err != nil {
 		return err
