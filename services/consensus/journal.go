@@ -74,6 +74,7 @@ type journal struct {
 	floor   ledger.Height
 	own     start
 	config  uint64               // the members that the entries belong to
+	took    start                // our newest start in which we took part
 	peers   map[uint64]peerStart // the newest start seen of each
 }
 
@@ -85,6 +86,7 @@ const (
 	recStart    = 's' // JSON of a start of ours
 	recPeer     = 'p' // JSON of a peerStart
 	recConfig   = 'c' // JSON of a number: other members, entries before are of no use
+	recTook     = 'k' // JSON of a start of ours, in which we take part from then on
 	recMemory   = 'm' // JSON of memory: all of our own that the records before say
 )
 
@@ -93,10 +95,15 @@ type peerStart struct {
 	start
 	// Proof is the head, with its signature, of a parcel of that start.
 	Proof []byte `json:"proof,omitempty"`
+	// Took is the newest start in which the peer took part in agreeing, as the head
+	// TookProof of an engine's message says.
+	Took      start  `json:"took,omitzero"`
+	TookProof []byte `json:"took_proof,omitempty"`
 }
 
 type memory struct {
 	Own    start       `json:"own"`
+	Took   start       `json:"took,omitzero"`
 	Config uint64      `json:"config"`
 	Votes  []vote      `json:"votes"`
 	Peers  []peerStart `json:"peers"`
@@ -151,6 +158,8 @@ func (j *journal) replay(rec []byte, read votesIn) error {
 		return nil
 	case recStart:
 		return json.Unmarshal(body, &j.own)
+	case recTook:
+		return json.Unmarshal(body, &j.took)
 	case recPeer:
 		var p peerStart
 		if err := json.Unmarshal(body, &p); err != nil {
@@ -166,7 +175,7 @@ func (j *journal) replay(rec []byte, read votesIn) error {
 		if err := json.Unmarshal(body, &m); err != nil {
 			return err
 		}
-		j.own, j.config = m.Own, m.Config
+		j.own, j.took, j.config = m.Own, m.Took, m.Config
 		for _, v := range m.Votes {
 			j.votes[v.slot] = v
 		}
@@ -211,19 +220,45 @@ func (j *journal) begin(incarnation [16]byte, above uint64) (start, error) {
 	return s, nil
 }
 
-// peer returns the newest start that was seen of a peer, with its proof.
-func (j *journal) peer(n uint64) (s start, proof []byte, ok bool) {
+// takePart notes that messages of the engine may leave from now on in the start
+// in hand.
+func (j *journal) takePart() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	p, ok := j.peers[n]
-	return p.start, p.Proof, ok
+	if err := j.appendJSON(recTook, j.own); err != nil {
+		return err
+	}
+	j.took = j.own
+	return nil
 }
 
-// sawPeer remembers a peer's newer start, with the bytes that prove it.
-func (j *journal) sawPeer(n uint64, s start, proof []byte) error {
+// forgot reports whether a start, in which this validator took part as others
+// know, is none that the journal knows of: then it is an old copy. The count of
+// starts alone would not tell: a copy that is started often enough catches up
+// with it.
+func (j *journal) forgot(took start) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	p := peerStart{n, s, proof}
+	return took.Counter > j.took.Counter || took.Counter == j.took.Counter && took != j.took
+}
+
+// peer returns what was seen of a peer.
+func (j *journal) peer(n uint64) peerStart {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.peers[n]
+}
+
+// sawPeer remembers a peer's newer start, with the bytes that prove it, and
+// whether it takes part.
+func (j *journal) sawPeer(n uint64, s start, proof []byte, takesPart bool) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	p := j.peers[n]
+	p.Peer, p.start, p.Proof = n, s, proof
+	if takesPart {
+		p.Took, p.TookProof = s, proof
+	}
 	if err := j.appendJSON(recPeer, p); err != nil {
 		return err
 	}
@@ -253,7 +288,7 @@ func (j *journal) save(entry []byte, truncate bool, votes []vote) error {
 		durable()
 		return nil
 	}
-	m := memory{Own: j.own, Config: j.config}
+	m := memory{Own: j.own, Took: j.took, Config: j.config}
 	for _, v := range j.votes {
 		m.Votes = append(m.Votes, v)
 	}

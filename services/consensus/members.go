@@ -415,6 +415,9 @@ func (v *Validator) serve(ctx context.Context, m *members) error {
 		return err
 	}
 	s := &seat{Validator: v, members: m, left: make(chan struct{}), ahead: map[uint64]bool{}}
+	if err := v.core.journal.takePart(); err != nil {
+		return err
+	}
 	s.engine = newSmart(s, v.c.Number, m.numbers(), v.c.Timing, m.limit, v.core.journal.initial(), v.log)
 	if err := s.engine.start(last); err != nil {
 		return err

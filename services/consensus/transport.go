@@ -97,7 +97,7 @@ type peer struct {
 	// owned by the peer's receiving goroutine
 	inSeq   uint64
 	heard   start
-	proof   []byte // head and signature of a parcel of that start
+	took    start // newest start in which it took part
 	maxVote ledger.Height
 	started time.Time // when heard was last set
 	// owned by the subscription's goroutine
@@ -128,7 +128,8 @@ func (t *transport) configure(m *members, key ed25519.PrivateKey) {
 		if !ok {
 			p = &peer{number: v.Number, in: make(chan []byte, queueMessages), gone: make(chan struct{}), wake: make(chan struct{}, 1),
 				resends: map[phase]*outgoing{}}
-			p.heard, p.proof, _ = t.journal.peer(v.Number)
+			known := t.journal.peer(v.Number)
+			p.heard, p.took = known.start, known.Took
 		}
 		p.mu.Lock()
 		p.key, p.config = v.VoteKey, t.config
@@ -327,21 +328,24 @@ func (t *transport) fresh(p *peer, pc *parcel, head []byte) bool {
 		}
 	case pc.Start.Counter > p.heard.Counter:
 		// Each is made durable. Nobody starts so often but to keep our disk busy.
-		if now := time.Now(); now.Sub(p.started) < startEvery {
+		now := time.Now()
+		if now.Sub(p.started) < startEvery {
 			t.count.dropped.Add(1)
 			return false
-		} else {
-			p.started = now
 		}
-		proof := append([]byte(nil), head...)
-		if err := t.journal.sawPeer(p.number, pc.Start, proof); err != nil {
-			t.log.Error("peer's start not noted", "peer", p.number, "err", err)
-			return false
-		}
-		p.heard, p.proof = pc.Start, proof
+		p.started = now
 	default:
 		t.count.restored.Add(1)
 		return pc.Kind == kindMeet
+	}
+	if takesPart := pc.Kind == kindEngine && pc.Start != p.took; takesPart || pc.Start != p.heard {
+		if err := t.journal.sawPeer(p.number, pc.Start, append([]byte(nil), head...), takesPart); err != nil {
+			t.log.Error("peer's start not noted", "peer", p.number, "err", err)
+			return false
+		}
+		if p.heard = pc.Start; takesPart {
+			p.took = pc.Start
+		}
 	}
 	p.inSeq = pc.Seq
 	return true
@@ -523,6 +527,10 @@ type met struct {
 	// asker signed in it: a liar could silence whoever restarts otherwise.
 	Start start  `json:"start"`
 	Proof []byte `json:"proof"`
+	// Took is the newest start in which the asker took part, with TookProof: one
+	// that dies while it is silent has starts that say nothing of its votes.
+	Took      start  `json:"took"`
+	TookProof []byte `json:"took_proof"`
 	// Vote is the highest height at which it may have voted.
 	Vote ledger.Height `json:"vote"`
 	// Asker repeats the start that asks, so that an old answer is no answer.
@@ -537,15 +545,16 @@ func (t *transport) holds(a met) bool {
 	if a.Asker != own {
 		return false
 	}
-	if a.Start == own {
-		return true
+	proves := func(s start, proof []byte, kind parcelKind) bool {
+		if len(proof) != parcelMin {
+			return false
+		}
+		pc, err := parseHead(proof[:headSize])
+		return err == nil && pc.From == t.self && pc.Start == s && (kind == 0 || pc.Kind == kind) &&
+			signed(proof, identity.PublicKey(key.Public().(ed25519.PublicKey)), t.genesis)
 	}
-	if len(a.Proof) != parcelMin || a.Start.Counter < own.Counter {
-		return false
-	}
-	pc, err := parseHead(a.Proof[:headSize])
-	return err == nil && pc.From == t.self && pc.Start == a.Start &&
-		signed(a.Proof, identity.PublicKey(key.Public().(ed25519.PublicKey)), t.genesis)
+	return (a.Start == own || a.Start.Counter >= own.Counter && proves(a.Start, a.Proof, 0)) &&
+		(!t.journal.forgot(a.Took) || proves(a.Took, a.TookProof, kindEngine))
 }
 
 // ask sends the question to meet to every peer.
@@ -558,8 +567,13 @@ func (t *transport) ask() {
 // answer tells a starting peer what is known of it. It is called from the
 // peer's receiving goroutine.
 func (t *transport) answer(p *peer, asker start) error {
-	// A vote at the height after our last may have been made without our seeing.
-	b, err := json.Marshal(met{Start: p.heard, Proof: p.proof, Vote: max(p.maxVote, t.height()+1), Asker: asker})
+	// It may have decided one height more than what we decided or saw it vote on,
+	// and voted on the next, without our seeing.
+	known := t.journal.peer(p.number)
+	b, err := json.Marshal(met{
+		Start: known.start, Proof: known.Proof, Took: known.Took, TookProof: known.TookProof,
+		Vote: max(p.maxVote, t.height()+1) + 1, Asker: asker,
+	})
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
+	"github.com/stopline-traffic/stopline/services/internal/seglog"
 )
 
 func testParcel(from, to uint64) *parcel {
@@ -51,8 +52,22 @@ func TestParcelsComeOutAsTheyWentIn(t *testing.T) {
 func TestLaterStartsAreProven(t *testing.T) {
 	g := ledger.Hash{5}
 	own, later := start{[16]byte{1}, 3}, start{[16]byte{2}, 4}
-	tr := &transport{self: 1, key: voteKey(1), genesis: g}
+	j, err := openJournal(t.TempDir(), seglog.Options{}, smartCodec{}.votes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeJournal(t, j)
+	j.own = start{[16]byte{8}, 2} // the last in which it took part
+	if err := j.takePart(); err != nil {
+		t.Fatal(err)
+	}
+	tr := &transport{self: 1, key: voteKey(1), genesis: g, journal: j}
 	tr.begin(own)
+	took := func(s start, kind parcelKind) []byte {
+		p := testParcel(1, 2)
+		p.Start, p.Kind = s, kind
+		return p.seal(voteKey(1), g)[:parcelMin]
+	}
 	proof := func(from uint64, key uint64, s start, g ledger.Hash) []byte {
 		p := testParcel(from, 2)
 		p.Start = s
@@ -77,6 +92,11 @@ func TestLaterStartsAreProven(t *testing.T) {
 		{"the liar's own", met{Start: later, Asker: own, Proof: proof(2, 2, later, g)}, false},
 		{"another district's", met{Start: later, Asker: own, Proof: proof(1, 1, later, ledger.Hash{6})}, false},
 		{"damaged", met{Start: later, Asker: own, Proof: bad}, false},
+		{"took part in what we know", met{Start: own, Asker: own, Took: j.took}, true},
+		{"and before that", met{Start: own, Asker: own, Took: start{[16]byte{7}, 1}}, true},
+		{"in what we do not know", met{Start: own, Asker: own, Took: own, TookProof: took(own, kindEngine)}, true},
+		{"without proof", met{Start: own, Asker: own, Took: own}, false},
+		{"proof of having asked only", met{Start: own, Asker: own, Took: own, TookProof: took(own, kindMeet)}, false},
 		{"cut", met{Start: later, Asker: own, Proof: bad[:headSize]}, false},
 	} {
 		if got := tr.holds(c.met); got != c.want {

@@ -241,8 +241,8 @@ func (v *Validator) meet(ctx context.Context, m *members) (bool, error) {
 				continue
 			}
 			met[a.peer] = true
-			if a.met.Start != v.transport.current() {
-				until, newest = max(until, a.met.Vote), max(newest, a.met.Start.Counter)
+			if a.met.Start != v.transport.current() || v.core.journal.forgot(a.met.Took) {
+				until, newest = max(until, a.met.Vote), max(newest, a.met.Start.Counter, a.met.Took.Counter)
 			}
 		}
 	}

@@ -181,7 +181,7 @@ func TestStartsAreCounted(t *testing.T) {
 			t.Errorf("start %d: counter %d after %d", i, s.Counter, last)
 		}
 		last = s.Counter
-		if err := j.sawPeer(2, start{[16]byte{7}, uint64(i + 1)}, []byte{byte(i)}); err != nil {
+		if err := j.sawPeer(2, start{[16]byte{7}, uint64(i + 1)}, []byte{byte(i)}, i == 1); err != nil {
 			t.Fatal(err)
 		}
 		if err := saveEntry(t, j, proposedEntry(t, 0, uint64(i+1), ledger.Hash{1}), true); err != nil {
@@ -196,8 +196,8 @@ func TestStartsAreCounted(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer closeJournal(t, j)
-	if s, proof, ok := j.peer(2); !ok || s.Counter != 3 || string(proof) != "\x02" {
-		t.Errorf("peer's start: got %v %v, want the third", s, ok)
+	if p := j.peer(2); p.Counter != 3 || string(p.Proof) != "\x02" || p.Took.Counter != 2 || string(p.TookProof) != "\x01" {
+		t.Errorf("peer: got %+v, want the third start, and that it took part in the second", p)
 	}
 }
 
