@@ -38,6 +38,9 @@ type council struct {
 // of which as many wait meanwhile as come.
 func newCouncil(t *testing.T, n int) *council {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("takes seconds")
+	}
 	c := &council{cluster: newCluster(t, n)}
 	c.timing.Meet = 20 * time.Millisecond
 	for i := range 3 {

@@ -43,6 +43,11 @@ process on the same data folder is refused: one validator must not vote twice.
 Never run it on a copy of its folder either; it notices, mostly, and stays
 silent until the others have decided, without it, what it may have voted on.
 
+A validator that the registry does not know yet follows the blocks, and takes
+part from the block after the one that files it. One that was revoked stays until
+the others have all that it decided, and ends with status 0. To change its keys,
+start it with the next ones beside the old, then file its entry with them.
+
 The configuration is YAML; paths are relative to the file:
 
     district: harbour           # must be the genesis document's

@@ -140,15 +140,16 @@ func (c *Chain) Take(m *pb.Block, purged bool) (*Block, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Before the votes: who may vote is just what is not known.
+	if h := lb.Header; c.blind && h.RegistryVersion != c.parent.RegistryVersion {
+		return nil, &blindError{h.Height, h.Registry}
+	}
 	tree := c.tree.Clone()
 	if err := lb.Check(c.genesis, c.parent, tree, c.validators); err != nil {
 		return nil, err
 	}
 	b := &Block{Block: *lb, Batches: m.Batches, Verdicts: m.Verdicts}
 	h := lb.Header
-	if c.blind && h.RegistryVersion != c.parent.RegistryVersion {
-		return nil, &blindError{h.Height, h.Registry}
-	}
 	if len(m.Batches) == 0 && h.Requests != ledger.RequestsDigest(nil) {
 		if !purged {
 			return nil, fmt.Errorf("block %d: %w", h.Height, errPurged)
