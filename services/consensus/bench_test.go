@@ -24,31 +24,6 @@ func BenchmarkConsensus(b *testing.B) {
 	}
 }
 
-// BenchmarkLostLeader measures how long nothing is decided when the leader dies.
-func BenchmarkLostLeader(b *testing.B) {
-	var took []time.Duration
-	for b.Loop() {
-		c := newCluster(b, 4)
-		c.start(c.all()...)
-		u := newUnit(1)
-		m := batch(u.frame(time.Now()))
-		c.submit(m)
-		c.decided(m, c.all()...)
-		leader := c.nodes[0].v.Stats().Leader
-		begin := time.Now()
-		c.stop(leader)
-		m = batch(u.frame(time.Now()))
-		c.submit(m)
-		c.decided(m, without(c.all(), leader)...)
-		took = append(took, time.Since(begin))
-		c.stop(without(c.all(), leader)...)
-	}
-	slices.Sort(took)
-	b.ReportMetric(float64(took[len(took)/2].Milliseconds()), "p50-ms")
-	b.ReportMetric(float64(took[len(took)-1].Milliseconds()), "max-ms")
-	b.ReportMetric(0, "ns/op")
-}
-
 func benchConsensus(b *testing.B, nodes, size, rate int) {
 	const run = 6 * time.Second
 	c := newCluster(b, nodes)
