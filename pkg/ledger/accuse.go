@@ -566,7 +566,7 @@ func (t Trust) ring() (keyring, error) {
 		}
 	}
 	if len(k) == 0 {
-		return nil, fmt.Errorf("The keys of the log and its cosigners are in its policy, and none was given: %w", errUntrusted)
+		return nil, fmt.Errorf("the keys of the log and its cosigners are in its policy, and none was given: %w", errUntrusted)
 	}
 	return k, nil
 }

@@ -537,7 +537,11 @@ func TestTheJournalBelongsToMembers(t *testing.T) {
 		t.Fatal(err)
 	}
 	j = open()
-	defer j.close()
+	defer func() {
+		if err := j.close(); err != nil {
+			t.Error(err)
+		}
+	}()
 	if j.config != 7 {
 		t.Errorf("after a cut: got members since %d, want 7", j.config)
 	}

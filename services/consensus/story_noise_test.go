@@ -202,7 +202,7 @@ func TestStoryLargeMessages(t *testing.T) {
 func TestStoryFlood(t *testing.T) {
 	s := district(t, 4)
 	s.decide(s.all()...)
-	g := ledger.Hash(sha256.Sum256(s.genesis))
+	g := sha256.Sum256(s.genesis)
 	var flood [][]byte
 	for i := range 600 {
 		p := &parcel{Kind: kindMeet, From: 4, To: 1, Start: start{[16]byte{byte(i)}, 1000 + uint64(i)}, Seq: 1 + uint64(i)}

@@ -27,7 +27,11 @@ func councils(seed string) *ledgertest.Chain {
 func sealedBy(t *testing.T, c *ledgertest.Chain, dir string) map[ledger.Height]map[string]bool {
 	t.Helper()
 	s := openStore(t, options(c.District, dir))
-	defer s.Close()
+	defer func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
 	out := map[ledger.Height]map[string]bool{}
 	err := s.history.Scan(0, func(_ uint64, rec []byte) error {
 		at, err := ledger.ParseSealedAt(rec)

@@ -26,7 +26,7 @@ func refused(t *testing.T, b *bus.Bus, f func()) string {
 		t.Fatal(err)
 	}
 	// What the server has against f came before the answer to the flush.
-	if err := b.NC.LastError(); err != nil && err != before && errors.Is(err, nats.ErrPermissionViolation) {
+	if err := b.NC.LastError(); err != nil && !errors.Is(err, before) && errors.Is(err, nats.ErrPermissionViolation) {
 		return err.Error()
 	}
 	return ""
