@@ -82,7 +82,7 @@ type eyes struct {
 	errs                 []error
 	decided              map[uint64]uint64 // most that each validator said
 	counter              map[uint64]uint64 // newest start of each
-	incarnation          map[uint64][16]byte
+	incarnations         map[[16]byte]bool
 	lastVote             map[uint64]uint64 // height of each, in any start
 	committed            map[uint64]uint64 // height of each, in its newest start
 	voted                map[uint64]int    // votes of each in its newest start
@@ -103,15 +103,17 @@ func (e *eyes) hear(m *nats.Msg) {
 		return
 	}
 	e.parcels++
-	switch {
-	case p.counter > e.counter[p.from]:
+	if !e.incarnations[p.incarnation] {
+		e.incarnations[p.incarnation] = true
+		if p.counter <= e.counter[p.from] {
+			e.lost = append(e.lost, fmt.Sprintf("validator %d begins start %d after start %d", p.from, p.counter, e.counter[p.from]))
+		}
 		if p.decided < e.decided[p.from] {
 			e.lost = append(e.lost, fmt.Sprintf("validator %d begins start %d at height %d, it had said %d before", p.from, p.counter, p.decided, e.decided[p.from]))
 		}
-		e.counter[p.from], e.incarnation[p.from] = p.counter, p.incarnation
-		e.committed[p.from], e.voted[p.from] = 0, 0
-	case p.counter == e.counter[p.from] && p.incarnation != e.incarnation[p.from]:
-		e.lost = append(e.lost, fmt.Sprintf("validator %d has start %d twice", p.from, p.counter))
+		if p.counter > e.counter[p.from] {
+			e.counter[p.from], e.committed[p.from], e.voted[p.from] = p.counter, 0, 0
+		}
 	}
 	e.decided[p.from] = max(e.decided[p.from], p.decided)
 	if p.vote.phase != 0 {
@@ -265,7 +267,7 @@ func newConsortium(t testing.TB) *consortium {
 	c.configure()
 	c.see = &eyes{
 		genesis: c.district.GenesisHash, keys: map[uint64]identity.PublicKey{}, changed: make(chan struct{}), votes: map[slotOf]parcel{},
-		blocks: map[ledger.Height]ledger.Hash{}, decided: map[uint64]uint64{}, counter: map[uint64]uint64{}, incarnation: map[uint64][16]byte{},
+		blocks: map[ledger.Height]ledger.Hash{}, decided: map[uint64]uint64{}, counter: map[uint64]uint64{}, incarnations: map[[16]byte]bool{},
 		lastVote: map[uint64]uint64{}, committed: map[uint64]uint64{}, voted: map[uint64]int{},
 	}
 	for _, v := range c.validators() {
@@ -734,4 +736,170 @@ func TestForgetfulValidatorsAreSeen(t *testing.T) {
 		}
 	}
 	t.Fatalf("%d times all forgot their votes, and nothing was seen", most)
+}
+
+// A copy of a validator's disk from before is found out: by its peers' word it
+// knows that it has forgotten votes, and stays silent, also through kill -9,
+// until the others have decided without it all that it may have voted on.
+func TestARestoredDiskStaysSilent(t *testing.T) {
+	processTest(t)
+	c := newConsortium(t)
+	all := c.numbers()
+	const restored = 4
+	c.start(all...)
+	c.takesPart(all...)
+	stop := c.load(20 * time.Millisecond)
+	c.see.until(t, "votes of all", soon, func() bool { return c.see.committed[restored] > 5 })
+	c.kill(restored)
+	old := c.folder(restored) + ".old"
+	if err := os.CopyFS(old, os.DirFS(c.folder(restored))); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // starts that the copy does not know of
+		since := c.starts(restored)
+		c.start(restored)
+		c.inStep(soon, c.see.top(), since)
+		c.kill(restored)
+	}
+	stop()
+	c.settleOthers(restored)
+	c.see.mu.Lock()
+	last := c.see.lastVote[restored]
+	c.see.mu.Unlock()
+	if err := os.RemoveAll(c.folder(restored)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(old, c.folder(restored)); err != nil {
+		t.Fatal(err)
+	}
+
+	// More starts than were made since the copy, so that their count says nothing.
+	silent := func() {
+		t.Helper()
+		c.start(restored)
+		waitFor(t, "caught up, and silent", soon, func() bool {
+			status, h := c.health(restored)
+			return status == http.StatusServiceUnavailable && !h.TakingPart && uint64(h.Height) >= c.see.top() &&
+				strings.Contains(c.running[restored].err.String(), "its disk is an old copy")
+		})
+	}
+	for range 4 {
+		silent()
+		c.kill(restored)
+	}
+	silent()
+	_, h := c.health(1)
+	if h.Counts["restored"] == 0 {
+		t.Error("its peers have not counted messages from an old start")
+	}
+	votes := func() (now uint64, any int) {
+		c.see.mu.Lock()
+		defer c.see.mu.Unlock()
+		return c.see.lastVote[restored], c.see.voted[restored]
+	}
+	if now, any := votes(); now != last || any != 0 {
+		t.Errorf("the restored validator votes: on height %d after %d, %d votes in this start", now, last, any)
+	}
+
+	// The others decide; then it votes again, above all that it may have forgotten.
+	top := c.see.top()
+	stop = c.load(20 * time.Millisecond)
+	c.inStep(soon, max(top, last), map[uint64]uint64{restored: 0})
+	stop()
+	c.see.mu.Lock()
+	least := uint64(1 << 62)
+	for slot, p := range c.see.votes {
+		if slot.from == restored && p.counter == c.see.counter[restored] {
+			least = min(least, slot.height)
+		}
+	}
+	// What the restored disk lost, it lost; nobody else may.
+	lost := c.see.lost
+	c.see.lost = nil
+	c.see.mu.Unlock()
+	if least <= last+1 {
+		t.Errorf("its first vote is on height %d, want one above %d: a height above its last vote, %d, was to be decided without it", least, last+1, last)
+	}
+	if len(lost) == 0 {
+		t.Error("the test did not see that blocks were lost with the disk: it would not see it elsewhere")
+	}
+	for _, l := range lost {
+		if !strings.HasPrefix(l, fmt.Sprintf("validator %d ", restored)) {
+			t.Error(l)
+		}
+	}
+	c.settle()
+}
+
+// settleOthers waits until all validators but one have decided everything sent.
+func (c *consortium) settleOthers(but uint64) {
+	c.t.Helper()
+	for _, n := range c.numbers() {
+		if n == but {
+			continue
+		}
+		waitFor(c.t, fmt.Sprintf("all batches decided at validator %d", n), soon, func() bool {
+			got := 0
+			for _, b := range c.chain(n) {
+				got += len(b.Batches)
+			}
+			return got >= len(c.sent)
+		})
+	}
+}
+
+// A whole district around validators that are processes of their own, every
+// service with a NATS user that may do what it must and no more.
+func TestDemoWithValidatorsElsewhere(t *testing.T) {
+	processTest(t)
+	data := filepath.Join(t.TempDir(), "district")
+	wantExit(t, stopline(t, "demo", "--for", "1s", "--json", "--listen", "127.0.0.1:0", "--data", data), exitOK)
+	// The district has blocks already; its validators begin again from genesis,
+	// so everything else does, too.
+	keep := filepath.Join(t.TempDir(), "fresh")
+	if err := os.Mkdir(keep, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"genesis.json", "policy", "keys"} {
+		from := filepath.Join(data, name)
+		if s, err := os.Stat(from); err != nil {
+			t.Fatal(err)
+		} else if s.IsDir() {
+			if err := os.CopyFS(filepath.Join(keep, name), os.DirFS(from)); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		b, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(keep, name), b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d, err := district.Load(keep)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &consortium{t: t, data: keep, district: d, dir: filepath.Join(t.TempDir(), "consortium"), running: map[uint64]*process{}}
+	c.configure()
+	c.start(c.numbers()...)
+	p := start(t, "demo", "--external-validators", "--nats", c.url, "--nats-users", c.users, "--for", "6s", "--json", "--verbose", "--listen", "127.0.0.1:0", "--data", keep)
+	if code := p.exit(startWithin + endWithin); code != exitOK {
+		t.Fatalf("exit %d:\n%s", code, p.err)
+	}
+	var r demoReport
+	if err := json.Unmarshal([]byte(lastLine(p.out.String())), &r); err != nil {
+		t.Fatalf("%v in %s", err, p.out)
+	}
+	if r.Frames.Accepted == 0 || r.SealedSize != r.LogSize || !r.Evidence.Verified || r.Frames.Quarantined != 0 || r.Rejected != 0 || r.Commands.Applied == 0 {
+		t.Errorf("got %s, want frames accepted, all sealed, commands applied, evidence verified", lastLine(p.out.String()))
+	}
+	c.takesPart(c.numbers()...)
+	refusedByServer(t, p)
+	for _, v := range c.running {
+		refusedByServer(t, v)
+	}
+	t.Logf("%s", lastLine(p.out.String()))
 }
