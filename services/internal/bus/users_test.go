@@ -156,7 +156,6 @@ func TestValidatorUserIsConfined(t *testing.T) {
 		"$JS.API.DIRECT.GET." + topic.DecisionStream,
 		"$JS.API.CONSUMER.CREATE." + topic.AcceptedStream, "$JS.API.CONSUMER.CREATE." + topic.AcceptedStream + "." + topic.ConsensusDurable(1),
 		"$JS.API.CONSUMER.DURABLE.CREATE." + topic.AcceptedStream + "." + topic.ConsensusDurable(1),
-		"$JS.API.CONSUMER.DELETE." + topic.AcceptedStream + "." + topic.ConsensusDurable(1),
 		"$JS.ACK." + topic.IngressStream + "." + topic.ValidationDurable + ".1.1.1.1.0",
 		"$JS.ACK.D.A." + topic.AcceptedStream + "." + topic.ConsensusDurable(2) + ".1.1.1.1.0",
 		"$SYS.REQ.SERVER.PING", "$SYS.REQ.USER.INFO", "anything",
