@@ -54,10 +54,10 @@ type Timing struct {
 	// Heartbeat is how long a leader may be silent. Default 700 ms.
 	Heartbeat time.Duration
 	// Complain is how long a leader may decide nothing, or leave a request out,
-	// before it is held to be stalled. Default 1.2 s.
+	// before it is held to be stalled. Default 1 s.
 	Complain time.Duration
 	// ViewChange is how long replacing a leader may take before the next is
-	// tried, ViewChangeResend how often the call for it is repeated. Defaults 2 s,
+	// tried, ViewChangeResend how often the call for it is repeated. Defaults 1.5 s,
 	// 100 ms.
 	ViewChange, ViewChangeResend time.Duration
 	// Behind is how long a follower may be one block behind before it fetches it.
@@ -88,8 +88,8 @@ func (t Timing) withDefaults() Timing {
 	or(&t.Tick, 20*time.Millisecond)
 	or(&t.BatchWait, 5*time.Millisecond)
 	or(&t.Heartbeat, 700*time.Millisecond)
-	or(&t.Complain, 1200*time.Millisecond)
-	or(&t.ViewChange, 2*time.Second)
+	or(&t.Complain, time.Second)
+	or(&t.ViewChange, 1500*time.Millisecond)
 	or(&t.ViewChangeResend, 100*time.Millisecond)
 	or(&t.Behind, 200*time.Millisecond)
 	or(&t.Collect, 200*time.Millisecond)

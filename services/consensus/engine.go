@@ -50,6 +50,8 @@ type host interface {
 	// outvoted reports whether a quorum was seen to prepare another proposal than
 	// this at the view and height.
 	outvoted(at slot, digest ledger.Hash) bool
+	// trails reports whether f+1 peers say that they have decided more.
+	trails() bool
 	// patient reports whether the leader decides what waits, so that no request's
 	// age alone should depose it.
 	patient() bool

@@ -164,6 +164,7 @@ func (s *smart) rescue() {
 	tick := time.NewTicker(rescueAfter)
 	defer tick.Stop()
 	seen := s.delivered.Load()
+	trailed := false
 	for {
 		select {
 		case <-s.stopRescue:
@@ -171,8 +172,19 @@ func (s *smart) rescue() {
 		case <-tick.C:
 		}
 		if n := s.delivered.Load(); n != seen {
-			seen = n
+			seen, trailed = n, false
 			continue
+		}
+		// It finds out that it is behind only by what the leader says. When that is
+		// lost, or leaves this validator out, the others' word does as well; and a new
+		// view needs validators in step. The engine is told as the leader would.
+		if was := trailed; s.host.trails() {
+			if trailed = true; was {
+				_, leader := s.status()
+				s.c.HandleMessage(leader, &protos.Message{Content: &protos.Message_HeartBeat{
+					HeartBeat: &protos.HeartBeat{View: s.views.real.Load(), Seq: math.MaxUint64}}})
+				trailed = false
+			}
 		}
 		select {
 		case <-s.deliverChan:

@@ -321,6 +321,19 @@ func (v *Validator) decidedRequest(raw []byte) bool {
 	return v.core.isDecided(ledger.RequestID(raw))
 }
 
+func (v *Validator) trails() bool {
+	ahead, height := 0, ledger.Height(v.height.Load())
+	peers := v.transport.all()
+	for _, p := range peers {
+		p.mu.Lock()
+		if p.decided > height {
+			ahead++
+		}
+		p.mu.Unlock()
+	}
+	return ahead > ledger.Faults(len(peers)+1)
+}
+
 func (v *Validator) outvoted(at slot, d ledger.Hash) bool {
 	m := v.core.members()
 	return v.transport.witness.outvoted(uint64(m.since), at, d, ledger.Quorum(len(m.validators)))
