@@ -4,7 +4,7 @@ SHELL := /bin/bash
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: help build demo test race check gen bench fuzz clean
+.PHONY: help build demo test race kills check gen bench fuzz clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ test: ## run all tests
 
 race: ## run all tests with the race detector
 	go test -race -timeout 20m ./api/... ./pkg/... ./services/...
+
+kills: ## kill -9 validators 200 times under load; STOPLINE_SEED repeats a run
+	STOPLINE_KILLS=$${STOPLINE_KILLS:-200} go test -count 1 -timeout 20m -v -run 'TestValidatorsSurviveKills' ./services/cmd/stopline
 
 check: ## format, vet, lint, module and generated-code checks
 	@test -z "$$(gofmt -l api pkg services)" || { gofmt -l api pkg services; echo "run gofmt -w on these"; exit 1; }

@@ -68,6 +68,7 @@ The configuration is YAML; paths are relative to the file:
     health: 127.0.0.1:9101      # optional
     log_level: info             # optional: debug, info, warn or error
     snapshot_every: 200         # optional: blocks between two snapshots
+    retention: 168h             # optional: how long payloads are kept; -1s: for good
     timing: {heartbeat: 700ms}  # optional: any of heartbeat, complain,
                                 # view_change, view_change_resend, behind,
                                 # collect, resend, fetch, meet, tick, batch_wait
@@ -127,6 +128,7 @@ type validatorConfig struct {
 	Health        string             `yaml:"health,omitempty"`
 	LogLevel      string             `yaml:"log_level,omitempty"`
 	SnapshotEvery int                `yaml:"snapshot_every,omitempty"`
+	Retention     time.Duration      `yaml:"retention,omitempty"`
 	Timing        timingConfig       `yaml:"timing,omitempty"`
 }
 
@@ -295,7 +297,7 @@ func loadValidator(file string) (*validatorFile, error) {
 	}
 	v.config = consensus.Config{
 		District: v.District, Number: v.Number, VoteKey: vote, CosignKey: cosign, NextVoteKey: next[0], NextCosignKey: next[1], Genesis: genesis, Dir: rel(v.Data),
-		SnapshotEvery: v.SnapshotEvery, Timing: v.Timing.timing(),
+		SnapshotEvery: v.SnapshotEvery, Retention: v.Retention, Timing: v.Timing.timing(),
 	}
 	if len(p.errs) == 0 {
 		if err := v.config.Validate(); err != nil { // what is left: sizes and times

@@ -221,8 +221,10 @@ type consortium struct {
 	all      *bus.Bus // may do everything
 	see      *eyes
 	running  map[uint64]*process
-	devices  []*device
-	sent     [][]byte // batches in ACCEPTED
+	// stopServer ends one of a cluster's servers.
+	stopServer func(i int)
+	devices    []*device
+	sent       [][]byte // batches in ACCEPTED
 }
 
 // crossing is a junction with one detector.
@@ -247,6 +249,12 @@ func crossing(id traffic.JunctionID) *traffic.Junction {
 // says, and runs the NATS server that they name; no validator runs yet.
 func newConsortium(t testing.TB) *consortium {
 	t.Helper()
+	return newConsortiumOn(t, 1)
+}
+
+// newConsortiumOn is newConsortium on a cluster of three servers, or on one.
+func newConsortiumOn(t testing.TB, servers int) *consortium {
+	t.Helper()
 	root := t.TempDir()
 	c := &consortium{t: t, data: filepath.Join(root, "district"), dir: filepath.Join(root, "consortium"), running: map[uint64]*process{}}
 	o := district.Options{ID: "harbour", Created: time.Now()}
@@ -264,7 +272,7 @@ func newConsortium(t testing.TB) *consortium {
 		}
 		c.devices = append(c.devices, &device{district: o.ID, junction: j, id: district.DeviceID(j.ID), key: key, boot: 1})
 	}
-	c.configure()
+	c.configure(servers)
 	c.see = &eyes{
 		genesis: c.district.GenesisHash, keys: map[uint64]identity.PublicKey{}, changed: make(chan struct{}), votes: map[slotOf]parcel{},
 		blocks: map[ledger.Height]ledger.Hash{}, decided: map[uint64]uint64{}, counter: map[uint64]uint64{}, incarnations: map[[16]byte]bool{},
@@ -280,7 +288,7 @@ func newConsortium(t testing.TB) *consortium {
 		}
 		t.Cleanup(stop)
 	}
-	if err := c.all.Declare(t.Context(), topic.Streams("harbour")); err != nil {
+	if err := c.all.DeclareWith(t.Context(), topic.Streams("harbour"), bus.DeclareOptions{Replicas: servers}); err != nil {
 		t.Fatal(err)
 	}
 	return c
@@ -288,7 +296,7 @@ func newConsortium(t testing.TB) *consortium {
 
 // configure writes the configurations by the command line and starts a server
 // by the one for NATS: on a free port, and with one more user, who may do all.
-func (c *consortium) configure() {
+func (c *consortium) configure(servers int) {
 	c.t.Helper()
 	const url = "nats://127.0.0.1:4222"
 	wantExit(c.t, inside(c.t, "consensus", "--write-config", c.dir, "--data", c.data, "--nats", url), exitOK,
@@ -314,7 +322,12 @@ func (c *consortium) configure() {
 		}
 		return b
 	}
-	c.url = servicetest.Configured(c.t, edit(filepath.Join(c.dir, "nats.conf"), "127.0.0.1:4222", "127.0.0.1:-1", "users = [\n", "users = [\n { nkey: "+public+" }\n"))
+	conf := edit(filepath.Join(c.dir, "nats.conf"), "127.0.0.1:4222", "127.0.0.1:-1", "users = [\n", "users = [\n { nkey: "+public+" }\n")
+	if servers == 1 {
+		c.url = servicetest.Configured(c.t, conf)
+	} else {
+		c.url, c.stopServer = servicetest.ConfiguredCluster(c.t, conf)
+	}
 	for _, v := range c.validators() {
 		b := edit(c.file(v.Number), url, c.url, fmt.Sprintf("health: 127.0.0.1:%d", 9100+v.Number), "health: 127.0.0.1:0")
 		if err := os.WriteFile(c.file(v.Number), b, 0o600); err != nil {
@@ -606,6 +619,27 @@ func TestValidatorsAsProcesses(t *testing.T) {
 	t.Logf("%d blocks, %d records, %d messages between validators", len(blocks), 4*len(c.sent), c.see.parcels)
 }
 
+// They do on a cluster of three NATS servers, and go on when one of these ends.
+func TestValidatorsOnACluster(t *testing.T) {
+	processTest(t)
+	c := newConsortiumOn(t, 3)
+	c.start(c.numbers()...)
+	c.takesPart(c.numbers()...)
+	stop := c.load(50 * time.Millisecond)
+	c.see.until(t, "so many blocks", soon, func() bool { return len(c.see.blocks) >= 20 })
+	c.stopServer(2)
+	top := c.see.top()
+	for _, n := range c.numbers() {
+		c.see.until(t, fmt.Sprintf("blocks at validator %d without one server", n), soon, func() bool { return c.see.decided[n] > top+20 })
+	}
+	stop()
+	blocks := c.settle()
+	for _, p := range c.running {
+		refusedByServer(t, p)
+	}
+	t.Logf("%d blocks, %d batches", len(blocks), len(c.sent))
+}
+
 // seeded returns a source of chance that the environment can set, so that what
 // happened can happen again.
 func seeded(t testing.TB) *rand.Rand {
@@ -883,7 +917,7 @@ func TestDemoWithValidatorsElsewhere(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := &consortium{t: t, data: keep, district: d, dir: filepath.Join(t.TempDir(), "consortium"), running: map[uint64]*process{}}
-	c.configure()
+	c.configure(1)
 	c.start(c.numbers()...)
 	p := start(t, "demo", "--external-validators", "--nats", c.url, "--nats-users", c.users, "--for", "6s", "--json", "--verbose", "--listen", "127.0.0.1:0", "--data", keep)
 	if code := p.exit(startWithin + endWithin); code != exitOK {

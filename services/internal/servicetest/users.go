@@ -1,8 +1,13 @@
 package servicetest
 
 import (
+	"bytes"
+	"fmt"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -17,6 +22,47 @@ import (
 // would, and returns its URL.
 func Configured(t testing.TB, config []byte) string {
 	t.Helper()
+	url, _ := start(t, config)
+	return url
+}
+
+// ConfiguredCluster runs three servers by one configuration, which belong
+// together; each keeps its files in a folder of its own. stop ends one for good.
+func ConfiguredCluster(t testing.TB, config []byte) (urls string, stop func(i int)) {
+	t.Helper()
+	const n = 3
+	var ports [n]int
+	var routes []string
+	for i := range ports {
+		// As in Cluster: peers' ports must be known before they run.
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports[i] = l.Addr().(*net.TCPAddr).Port
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		routes = append(routes, fmt.Sprintf("nats://127.0.0.1:%d", ports[i]))
+	}
+	var all []string
+	var stops []func()
+	for i := range n {
+		var o server.Options
+		if err := o.ProcessConfigString(string(config)); err != nil {
+			t.Fatalf("configuration: %v\n%s", err, config)
+		}
+		own := fmt.Appendf(bytes.ReplaceAll(config, []byte(strconv.Quote(o.StoreDir)), []byte(strconv.Quote(t.TempDir()))),
+			"\nserver_name: n%d\ncluster { name: test, listen: \"127.0.0.1:%d\", routes: [%s] }\n", i, ports[i], strings.Join(routes, ", "))
+		url, stop := start(t, own)
+		all, stops = append(all, url), append(stops, stop)
+	}
+	return strings.Join(all, ","), func(i int) { stops[i]() }
+}
+
+// start runs one server until the test ends or stop is called.
+func start(t testing.TB, config []byte) (url string, stop func()) {
+	t.Helper()
 	var o server.Options
 	if err := o.ProcessConfigString(string(config)); err != nil {
 		t.Fatalf("configuration: %v\n%s", err, config)
@@ -27,14 +73,15 @@ func Configured(t testing.TB, config []byte) string {
 		t.Fatal(err)
 	}
 	s.Start()
-	t.Cleanup(func() {
+	stop = func() {
 		s.Shutdown()
 		s.WaitForShutdown()
-	})
+	}
+	t.Cleanup(stop)
 	if !s.ReadyForConnections(30 * time.Second) {
 		t.Fatal("the server does not start")
 	}
-	return s.ClientURL()
+	return s.ClientURL(), stop
 }
 
 // Users are the NATS users of a district on one server.
