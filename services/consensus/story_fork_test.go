@@ -17,6 +17,7 @@ import (
 // Both halves decide. When the honest two meet, each can show who did it, and to
 // everybody; neither accuses the other.
 func TestStoryFork(t *testing.T) {
+	long(t)
 	fork(t, [2]uint64{1, 2}, 3, 4, func(t *testing.T, j ledger.Judgement) {
 		if len(j.Guilty) != 2 || j.Guilty[0].Name != "validator 1" || j.Guilty[1].Name != "validator 2" || len(j.SignedBoth) > 0 {
 			t.Errorf("got %+v; want 1 and 2 guilty, and nobody else", j)
@@ -29,9 +30,7 @@ func TestStoryFork(t *testing.T) {
 // led to vote on both sides by others who lie about the view before, so that
 // nobody is called guilty for it.
 func TestStoryForkInTwoViews(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a change of leader")
-	}
+	long(t)
 	fork(t, [2]uint64{3, 4}, 1, 2, func(t *testing.T, j ledger.Judgement) {
 		if len(j.SignedBoth) != 2 || j.SignedBoth[0].Name != "validator 3" || j.SignedBoth[1].Name != "validator 4" || len(j.Guilty) > 0 {
 			t.Errorf("got %+v; want 3 and 4 as those who signed both, and nobody guilty", j)

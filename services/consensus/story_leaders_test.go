@@ -28,9 +28,7 @@ func TestStorySilentLeader(t *testing.T) {
 
 // Of seven, two are silent: the leader, and the one whose turn it is then.
 func TestStoryTwoSilentOfSeven(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes two changes of leader")
-	}
+	long(t)
 	s := district(t, 7)
 	s.decide(s.all()...)
 	s.say("1, the leader, and 2, the next, send nothing any more")
@@ -45,6 +43,7 @@ func TestStoryTwoSilentOfSeven(t *testing.T) {
 
 // A follower is slow; nobody waits for it, and it keeps up.
 func TestStorySlowFollower(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.say("every message of 4 takes 300 ms")
 	s.goes(4, late(300*time.Millisecond))
@@ -59,6 +58,7 @@ func TestStorySlowFollower(t *testing.T) {
 // The leader is so slow that it might as well be silent; then it is not leader
 // any more, and nobody minds.
 func TestStorySlowLeader(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	s.say("every message of 1, the leader, takes two leader timeouts")
@@ -74,6 +74,7 @@ func TestStorySlowLeader(t *testing.T) {
 
 // The leader says that it lives, and proposes nothing.
 func TestStoryIdleLeader(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	s.say("1, the leader, keeps its proposals to itself")
@@ -88,6 +89,7 @@ func TestStoryIdleLeader(t *testing.T) {
 
 // The leader leaves one follower out. It learns from the others what was decided.
 func TestStoryOneLeftOut(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.say("1, the leader, sends 4 nothing but its heartbeat")
 	s.goes(1, func(pc parcel, send func(parcel)) {
@@ -129,6 +131,7 @@ func TestStoryTwoProposals(t *testing.T) {
 // The leader has a proposal for each. No two followers prepare the same, and it
 // is replaced.
 func TestStoryThreeProposals(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	s.say("1, the leader, has three proposals in one slot, one for each of the others")
@@ -141,9 +144,7 @@ func TestStoryThreeProposals(t *testing.T) {
 // Seven, of which the leader tells one half one thing and the other half
 // another, with an accomplice who tells everybody what he wants to hear.
 func TestStoryTwoLiarsOfSeven(t *testing.T) {
-	if testing.Short() {
-		t.Skip("four validators show the same")
-	}
+	long(t)
 	s := district(t, 7)
 	s.decide(s.all()...)
 	half := func(to uint64) int { return int(to) % 2 }
@@ -200,6 +201,7 @@ func TestStoryLyingProposals(t *testing.T) {
 // Metadata are the engine's, and go into every certificate and every change of
 // leader: what is no part of them is refused.
 func TestStoryStuffedMetadata(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	s.say("1, the leader, hides 1 MiB in the metadata of its proposal")
@@ -263,6 +265,7 @@ func TestStoryForgedFrames(t *testing.T) {
 // Time stands still under a leader that dates every block a nanosecond after its
 // parent. Frames of the present would come from the future; it is replaced.
 func TestStoryTimeStandsStill(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	then := time.Now().Add(-time.Minute)
@@ -304,6 +307,7 @@ func (s *story) refusedAfter(most int) {
 // A vote for the block before comes with a proposal only where leaders take
 // turns. Here a leader adds a hundred thousand, each of which would be checked.
 func TestStoryManyOldVotes(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	junk := make([]*protos.Signature, 100_000)
@@ -326,6 +330,7 @@ func TestStoryManyOldVotes(t *testing.T) {
 // another to 4; then it is silent. Whoever leads next hears of two proposals, of
 // which one may have been decided.
 func TestStoryTwoProposalsAndSilence(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	liar := &twoFaced{number: 1, face: func(to uint64) int {

@@ -24,6 +24,7 @@ func (d *dice) n(n int) int          { d.mu.Lock(); defer d.mu.Unlock(); return 
 
 // One in twenty messages is lost, and one validator is down. The others go on.
 func TestStoryLossAndOneDown(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	d := newDice(1)
@@ -36,10 +37,8 @@ func TestStoryLossAndOneDown(t *testing.T) {
 			}
 		})
 	}
-	begin, rounds := time.Now(), 60
-	if testing.Short() {
-		rounds = 15
-	}
+	const rounds = 40
+	begin := time.Now()
 	for range rounds {
 		s.decide(1, 2, 3)
 	}
@@ -61,6 +60,7 @@ func TestStoryLossAndOneDown(t *testing.T) {
 //	STOPLINE_SCHEDULE_SEED=17 go test ./consensus -run TestSchedules   one again
 //	STOPLINE_SCHEDULE_TIME=10m go test ./consensus -run TestSchedules  many, from a new seed on
 func TestSchedules(t *testing.T) {
+	long(t)
 	seed, one := uint64(1), false
 	if v := os.Getenv("STOPLINE_SCHEDULE_SEED"); v != "" {
 		n, err := strconv.ParseUint(v, 10, 64)
@@ -69,10 +69,7 @@ func TestSchedules(t *testing.T) {
 		}
 		seed, one = n, true
 	}
-	limit := 12 * time.Second
-	if testing.Short() {
-		limit = 0 // one
-	}
+	limit := 8 * time.Second
 	if v := os.Getenv("STOPLINE_SCHEDULE_TIME"); v != "" {
 		d, err := time.ParseDuration(v)
 		if err != nil {

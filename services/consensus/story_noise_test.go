@@ -28,6 +28,7 @@ import (
 // once, after a change of leader, and after 1 has restarted and remembers nothing
 // of it.
 func TestStoryEverythingAgain(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	type heard struct {
 		subject string
@@ -119,6 +120,7 @@ func nonsense() []*protos.Message {
 // A validator says whatever can be said, first as a follower, then as leader,
 // signed and in good form. Nobody falls over.
 func TestStoryNonsense(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	all := nonsense()
@@ -169,6 +171,7 @@ func TestStoryNonsense(t *testing.T) {
 
 // Messages of 8 MiB, which lead nowhere.
 func TestStoryLargeMessages(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	s.say("4 sends 8 MiB with each of its next messages")
@@ -200,6 +203,7 @@ func TestStoryLargeMessages(t *testing.T) {
 // each of which would be made durable. What does not fit is dropped, and the
 // others go on under the same leader.
 func TestStoryFlood(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	s.decide(s.all()...)
 	g := sha256.Sum256(s.genesis)

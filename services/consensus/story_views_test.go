@@ -17,6 +17,7 @@ import (
 // leader's first came to it alone, and was given up when the leader fell silent.
 // Whoever shows the two votes shows nothing; nobody is accused.
 func TestStoryTwoViewsTwoVotes(t *testing.T) {
+	long(t)
 	s := district(t, 4)
 	var mu sync.Mutex
 	var said [][]byte // by 2, to 3
