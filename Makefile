@@ -22,7 +22,7 @@ race: ## run all tests with the race detector
 	go test -race -timeout 20m ./api/... ./pkg/... ./services/...
 
 kills: ## kill -9 validators 200 times under load; STOPLINE_SEED repeats a run
-	STOPLINE_KILLS=$${STOPLINE_KILLS:-200} go test -count 1 -timeout 20m -v -run 'TestValidatorsSurviveKills' ./services/cmd/stopline
+	STOPLINE_REQUIRE_TIMES=1 STOPLINE_KILLS=$${STOPLINE_KILLS:-200} go test -count 1 -timeout 20m -v -run 'TestValidatorsSurviveKills' ./services/cmd/stopline
 
 check: ## format, vet, lint, module and generated-code checks
 	@test -z "$$(gofmt -l api pkg services)" || { gofmt -l api pkg services; echo "run gofmt -w on these"; exit 1; }
