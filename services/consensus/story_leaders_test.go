@@ -151,12 +151,7 @@ func TestStoryTwoLiarsOfSeven(t *testing.T) {
 	leader := &twoFaced{number: 1, face: half}
 	s.say("1, the leader, proposes one thing to 3, 5 and 7 and another to 4 and 6; 2 votes for both")
 	s.goes(1, leader.way)
-	s.goes(2, func(pc parcel, send func(parcel)) {
-		leader.mu.Lock()
-		truth := leader.truth
-		leader.mu.Unlock()
-		(&twoFaced{number: 2, face: half, truth: truth}).way(pc, send)
-	})
+	s.goes(2, leader.helped(2))
 	s.resumes(2, 3, 4, 5, 6, 7)
 	s.accuse(1, 3, 4, 5, 6, 7)
 	s.agree(1, 2)

@@ -296,7 +296,14 @@ type twoFaced struct {
 	truth map[slot]*protos.Message // proposals, by view and height
 }
 
-func (l *twoFaced) way(pc parcel, send func(parcel)) {
+func (l *twoFaced) way(pc parcel, send func(parcel)) { l.say(l.number, pc, send) }
+
+// helped is the way of an accomplice, who says the same to everybody.
+func (l *twoFaced) helped(by uint64) way {
+	return func(pc parcel, send func(parcel)) { l.say(by, pc, send) }
+}
+
+func (l *twoFaced) say(number uint64, pc parcel, send func(parcel)) {
 	m, face := engineMessage(pc), l.face(pc.To)
 	if m == nil || pc.Vote.Phase == phaseNone || face == 0 && m.GetPrePrepare() == nil {
 		send(pc)
@@ -330,7 +337,7 @@ func (l *twoFaced) way(pc parcel, send func(parcel)) {
 			panic(err)
 		}
 		m.GetCommit().Digest = d
-		m.GetCommit().Signature.Value = ed25519.Sign(voteKey(l.number), ledger.VoteInput(h.Hash(), p.Metadata))
+		m.GetCommit().Signature.Value = ed25519.Sign(voteKey(number), ledger.VoteInput(h.Hash(), p.Metadata))
 	}
 	send(carrying(pc, m))
 }

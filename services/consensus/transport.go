@@ -8,6 +8,8 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -26,10 +28,12 @@ const (
 	queueBytes    = 64 << 20
 	// arrivalsMost bounds what is taken from one peer in arrivalsPer, many times
 	// what an honest one sends: checking signatures of a flood costs time.
-	arrivalsMost = 500
+	arrivalsMost = 250
 	arrivalsPer  = 100 * time.Millisecond
 	// startEvery bounds how often a peer may say that it has started again.
 	startEvery = 50 * time.Millisecond
+	// answerEvery bounds how often a peer's question to meet is answered.
+	answerEvery = 10 * time.Millisecond
 )
 
 // transport carries messages between validators: signed, counted, and until a
@@ -95,11 +99,12 @@ type peer struct {
 	decided ledger.Height
 	voted   slot
 	// owned by the peer's receiving goroutine
-	inSeq   uint64
-	heard   start
-	took    start // newest start in which it took part
-	maxVote ledger.Height
-	started time.Time // when heard was last set
+	inSeq    uint64
+	heard    start
+	took     start // newest start in which it took part
+	maxVote  ledger.Height
+	started  time.Time // when heard was last set
+	answered time.Time // when a question to meet was last answered
 	// owned by the subscription's goroutine
 	arrivals int
 	since    time.Time
@@ -237,12 +242,11 @@ func (t *transport) arrived(m *nats.Msg) {
 }
 
 func (t *transport) senderOf(subject string) (*peer, bool) {
-	for n, p := range t.all() {
-		if subject == topic.BFT(t.district, t.self, n) {
-			return p, true
-		}
+	n, err := strconv.ParseUint(subject[strings.LastIndexByte(subject, '.')+1:], 10, 64)
+	if err != nil || subject != topic.BFT(t.district, t.self, n) {
+		return nil, false
 	}
-	return nil, false
+	return t.peer(n)
 }
 
 func (t *transport) receiveLoop(ctx context.Context, p *peer) {
@@ -567,6 +571,12 @@ func (t *transport) ask() {
 // answer tells a starting peer what is known of it. It is called from the
 // peer's receiving goroutine.
 func (t *transport) answer(p *peer, asker start) error {
+	now := time.Now()
+	if now.Sub(p.answered) < answerEvery {
+		t.count.dropped.Add(1)
+		return nil // it asks again
+	}
+	p.answered = now
 	// It may have decided one height more than what we decided or saw it vote on,
 	// and voted on the next, without our seeing.
 	known := t.journal.peer(p.number)
