@@ -887,7 +887,7 @@ func (c *consortium) settleOthers(but uint64) {
 func TestDemoWithValidatorsElsewhere(t *testing.T) {
 	processTest(t)
 	data := filepath.Join(t.TempDir(), "district")
-	wantExit(t, stopline(t, "demo", "--for", "1s", "--json", "--listen", "127.0.0.1:0", "--data", data), exitOK)
+	wantExit(t, stopline(t, "demo", "--for", "5s", "--json", "--listen", "127.0.0.1:0", "--data", data), exitOK)
 	// The district has blocks already; its validators begin again from genesis,
 	// so everything else does, too.
 	keep := filepath.Join(t.TempDir(), "fresh")
