@@ -121,6 +121,25 @@
 // Without a trusted policy the bundle's own is used, and the outcome is at best
 // [Untrusted]: anybody can make a district.
 //
+// # Accusation
+//
+// Proof that validators broke the protocol is one JSON document, [Accusation],
+// indented by one space, a newline at the end; any other form is refused, and
+// nothing is in it that no signature covers. Its kind says what it holds:
+//
+//	votes        two heads of messages between validators, see [Message], signed with
+//	             one vote key, for one set of members, view, height and phase, with
+//	             different digests. Votes of different views never are evidence.
+//	blocks       two headers of one height, each with its metadata and the votes of a
+//	             quorum. Who voted for both in one view is guilty; in two views the
+//	             fork is proven, and nobody's guilt.
+//	checkpoints  two signed notes of one log, of one size with different roots, or of
+//	             two sizes with different leaves at one index, each with its proof
+//
+// Bytes are in base64, the genesis hash in hex, and the two are in the order of
+// their bytes. Vote keys are in the genesis document, which the verifier must trust,
+// cosigners' in it and in the policy: [Trust], [Accusation.Judge].
+//
 // # Files of the data folder
 //
 // Journals and the payload store are in the form of package segment; their
