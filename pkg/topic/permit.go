@@ -124,10 +124,11 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		p.publish(Ingress(d), DeviceDownAll(d))
 		p.reader(IngressStream)
 		// How far those behind it have got.
-		p.api("STREAM.INFO."+AcceptedStream, "CONSUMER.LIST."+AcceptedStream, "CONSUMER.NAMES."+AcceptedStream, "CONSUMER.INFO."+AcceptedStream+".*")
+		p.api("STREAM.INFO."+AcceptedStream, "STREAM.MSG.GET."+AcceptedStream, "CONSUMER.LIST."+AcceptedStream, "CONSUMER.NAMES."+AcceptedStream, "CONSUMER.INFO."+AcceptedStream+".*")
 		p.answer()
 	case ValidationUser:
 		p.durable(IngressStream, ValidationDurable, Ingress(d))
+		p.api("STREAM.MSG.GET."+IngressStream, "CONSUMER.DELETE."+IngressStream+"."+ValidationDurable) // when it begins again
 		p.follower(d)
 		p.publish(Accepted(d), QuarantineAll(d), Dead(d, ValidationDurable))
 		p.reader(AcceptedStream)

@@ -442,7 +442,7 @@ func (l *local) bundleOf(ctx context.Context, k identity.RecordKind) (index uint
 	if err := l.audit.Refresh(); err != nil {
 		return 0, nil, err
 	}
-	for _, r := range l.audit.Find(k, "", 1000) {
+	for _, r := range l.audit.Find(k, "", 3*consensus.MaxBlockRecords) {
 		if r.Provable {
 			bundle, err = l.audit.Evidence(ctx, r.Index)
 			return r.Index, bundle, err
