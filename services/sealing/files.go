@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -19,7 +20,7 @@ import (
 type files struct {
 	root   string // the folder of checkpoint and tile
 	hook   func(op, path string) error
-	known  map[string]bool // folders that are there; used by one goroutine
+	known  sync.Map // folders that are there
 	number atomic.Uint64
 }
 
@@ -27,7 +28,7 @@ func newFiles(root string, hook func(op, path string) error) *files {
 	if hook == nil {
 		hook = func(string, string) error { return nil }
 	}
-	return &files{root: root, hook: hook, known: map[string]bool{}}
+	return &files{root: root, hook: hook}
 }
 
 func (f *files) tmp() string { return filepath.Join(f.root, "tmp") }
@@ -56,7 +57,7 @@ func (f *files) start() error {
 // mkdir makes a folder and its parents, and notes the folders that have a new
 // entry and must be synced.
 func (f *files) mkdir(dir string, dirty map[string]bool) error {
-	if f.known[dir] {
+	if _, ok := f.known.Load(dir); ok {
 		return nil
 	}
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
@@ -74,7 +75,7 @@ func (f *files) mkdir(dir string, dirty map[string]bool) error {
 	} else if err != nil {
 		return err
 	}
-	f.known[dir] = true
+	f.known.Store(dir, true)
 	return nil
 }
 
