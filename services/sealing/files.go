@@ -20,26 +20,24 @@ import (
 type files struct {
 	root   string // the folder of checkpoint and tile
 	hook   func(op, path string) error
-	known  sync.Map // folders that are there
 	number atomic.Uint64
+
+	mu    sync.Mutex      // tiles, journal and checkpoints are written side by side
+	known map[string]bool // folders that are there, durably
 }
 
 func newFiles(root string, hook func(op, path string) error) *files {
 	if hook == nil {
 		hook = func(string, string) error { return nil }
 	}
-	return &files{root: root, hook: hook}
+	return &files{root: root, hook: hook, known: map[string]bool{}}
 }
 
 func (f *files) tmp() string { return filepath.Join(f.root, "tmp") }
 
 // start makes the folders and removes what a crash left in tmp.
 func (f *files) start() error {
-	dirty := map[string]bool{}
-	if err := f.mkdir(f.tmp(), dirty); err != nil {
-		return err
-	}
-	if err := f.syncDirs(dirty); err != nil {
+	if err := f.mkdir(f.tmp()); err != nil {
 		return err
 	}
 	es, err := os.ReadDir(f.tmp())
@@ -54,28 +52,37 @@ func (f *files) start() error {
 	return nil
 }
 
-// mkdir makes a folder and its parents, and notes the folders that have a new
-// entry and must be synced.
-func (f *files) mkdir(dir string, dirty map[string]bool) error {
-	if _, ok := f.known.Load(dir); ok {
+// mkdir makes a folder and its parents, durable before it returns: whoever
+// finds a folder there may rely on it, also when another made it.
+func (f *files) mkdir(dir string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.mkdirLocked(dir)
+}
+
+func (f *files) mkdirLocked(dir string) error {
+	if f.known[dir] {
 		return nil
 	}
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 		parent := filepath.Dir(dir)
-		if err := f.mkdir(parent, dirty); err != nil {
+		if err := f.mkdirLocked(parent); err != nil {
 			return err
 		}
 		if err := f.hook("create", dir); err != nil {
 			return err
 		}
-		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := os.Mkdir(dir, 0o755); err != nil {
 			return err
 		}
-		dirty[parent] = true
 	} else if err != nil {
 		return err
 	}
-	f.known.Store(dir, true)
+	// Also of a folder that is there: a crash may have come before this sync.
+	if err := f.syncDirs(map[string]bool{filepath.Dir(dir): true}); err != nil {
+		return err
+	}
+	f.known[dir] = true
 	return nil
 }
 
@@ -112,14 +119,13 @@ func (f *files) put(path string, b []byte) error {
 
 // write makes one file durable.
 func (f *files) write(path string, b []byte) error {
-	dirty := map[string]bool{filepath.Dir(path): true}
-	if err := f.mkdir(filepath.Dir(path), dirty); err != nil {
+	if err := f.mkdir(filepath.Dir(path)); err != nil {
 		return err
 	}
 	if err := f.put(path, b); err != nil {
 		return err
 	}
-	return f.syncDirs(dirty)
+	return f.syncDirs(map[string]bool{filepath.Dir(path): true})
 }
 
 // parallel bounds syncs at one time: they wait for the disk, not for us.
@@ -132,7 +138,7 @@ func (f *files) writeTiles(tiles []ledger.TileFile) error {
 	g.SetLimit(parallel)
 	for _, t := range tiles {
 		path := filepath.Join(f.root, filepath.FromSlash(t.Path()))
-		if err := f.mkdir(filepath.Dir(path), dirty); err != nil {
+		if err := f.mkdir(filepath.Dir(path)); err != nil {
 			return errors.Join(err, g.Wait())
 		}
 		dirty[filepath.Dir(path)] = true
@@ -190,6 +196,8 @@ func (f *files) dropPartial(id ledger.TileID) error {
 			return err
 		}
 	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	delete(f.known, dir)
 	return f.remove(dir)
 }
