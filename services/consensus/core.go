@@ -45,7 +45,7 @@ type core struct {
 	mu       sync.Mutex
 	state    *state
 	inForce  inForce
-	verifier *identity.Verifier
+	verifier verifier
 	// outcomes of proposals on the current state, by their encoded header.
 	outcomes map[string]*outcome
 	// requests that were decoded, and mostly checked, before they were proposed.
@@ -86,7 +86,7 @@ func openCore(c Config, cd codec, count *counters) (*core, error) {
 	k := &core{
 		self: c.Number, genesis: g, now: c.Now, log: c.Logger, codec: cd, genesisBytes: c.Genesis, count: count,
 		every: ledger.Height(c.SnapshotEvery), state: st,
-		verifier: identity.NewVerifier(), outcomes: map[string]*outcome{}, requests: map[ledger.Hash]*request{},
+		verifier: newVerifier(), outcomes: map[string]*outcome{}, requests: map[ledger.Hash]*request{},
 		retention: c.Retention,
 	}
 	if m := membersOf(st.registry); m.limit < MaxRequest+4 {
@@ -230,7 +230,7 @@ func (k *core) height() ledger.Height {
 
 // prepare decodes a request and checks its signatures ahead of the block, so
 // that executing has less to do.
-func (k *core) prepare(raw []byte, v *identity.Verifier) (*request, error) {
+func (k *core) prepare(raw []byte, v verifier) (*request, error) {
 	r, err := parseRequest(raw)
 	if err != nil {
 		return nil, err

@@ -10,7 +10,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
-	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/kind"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
@@ -23,8 +22,8 @@ import (
 // that a decision that takes long is not a redelivery.
 type intake struct {
 	v        *Validator
-	verifier *identity.Verifier // owned by the consumer's handler
-	engine   engine             // that requests go to; owned by the consumer's handler
+	verifier verifier // owned by the consumer's handler
+	engine   engine   // that requests go to; owned by the consumer's handler
 
 	mu      sync.Mutex
 	waiting map[ledger.Hash]*waiting
@@ -65,7 +64,7 @@ const (
 )
 
 func newIntake(v *Validator) *intake {
-	return &intake{v: v, verifier: identity.NewVerifier(), waiting: map[ledger.Hash]*waiting{}, wake: make(chan struct{}, 1),
+	return &intake{v: v, verifier: newVerifier(), waiting: map[ledger.Hash]*waiting{}, wake: make(chan struct{}, 1),
 		room: make(chan struct{}, 1)}
 }
 

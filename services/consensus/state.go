@@ -40,16 +40,24 @@ func parseRequest(raw []byte) (*request, error) {
 	return &request{id: ledger.RequestID(raw), raw: raw, candidates: wire.Candidates(batch)}, nil
 }
 
+// verifier fills SignatureValid of candidates. Not safe for concurrent use.
+type verifier func(*identity.Registry, []validate.Candidate)
+
+func newVerifier() verifier {
+	v := identity.NewVerifier()
+	return func(reg *identity.Registry, cs []validate.Candidate) { wire.VerifySignatures(v, reg, cs) }
+}
+
 // verify checks the signatures of all records, if that was not done under the
 // same registry before.
-func (r *request) verify(v *identity.Verifier, reg *identity.Registry) {
+func (r *request) verify(v verifier, reg *identity.Registry) {
 	if r.verified == reg {
 		return
 	}
 	for i := range r.candidates {
 		r.candidates[i].SignatureValid = false
 	}
-	wire.VerifySignatures(v, reg, r.candidates)
+	v(reg, r.candidates)
 	r.verified = reg
 }
 
@@ -140,7 +148,7 @@ type refusedRecord struct {
 // execute judges every record of the requests in their order, at block time at,
 // and computes the block that follows. It depends on nothing but s, at and the
 // requests' bytes.
-func (s *state) execute(v *identity.Verifier, at time.Time, requests []*request) *outcome {
+func (s *state) execute(v verifier, at time.Time, requests []*request) *outcome {
 	n := 0
 	for _, r := range requests {
 		n += len(r.candidates)

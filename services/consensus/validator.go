@@ -38,8 +38,9 @@ type Validator struct {
 	// nothing can be fetched.
 	tap   func(pc parcel, send func(parcel))
 	cut   func(peer uint64) bool
-	ready chan struct{} // closed when the engine runs
-	begun sync.Once     // closes ready
+	check func() verifier // in newVerifier's stead, for measuring what the rest costs
+	ready chan struct{}   // closed when the engine runs
+	begun sync.Once       // closes ready
 
 	// others are validators who are not known as such here: see discover.
 	others atomic.Pointer[[]uint64]
@@ -153,6 +154,9 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 
 	v.intake = newIntake(v)
 	v.publisher = newPublisher(v)
+	if v.check != nil {
+		v.core.verifier, v.intake.verifier = v.check(), v.check()
+	}
 	v.core.decided = v.onBlock
 	v.core.installed = v.onState
 	cosigner, err := openCosigner(v)
