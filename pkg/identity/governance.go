@@ -318,11 +318,15 @@ func (r *Registry) Base(t EntryType, id string) Digest {
 
 // approved checks who stands behind a change, and returns them all: its sender
 // first. Every approval must be good, whether it is needed or not.
-func (r *Registry) approved(signer KeyID, sender Holder, c Change) ([]KeyID, error) {
+func (r *Registry) approved(height uint64, signer KeyID, sender Holder, c Change) ([]KeyID, error) {
 	g, _ := r.Governance()
 	need := g.Need(c.Type, c.Action)
 	if !sender.May(KindRegistry) {
 		return nil, kind.Errorf(kind.Denied, "key_id: %s %s may not change the registry: the role %q is needed", sender.Type, sender.ID, need.Role)
+	}
+	if r.Active(FeatureBaseRequired, height) && len(c.Base) == 0 {
+		from, _ := r.FeatureFrom(FeatureBaseRequired)
+		return nil, kind.Errorf(kind.Invalid, "base: must be given: feature %s is in force from block %d on", FeatureBaseRequired, from)
 	}
 	if n := len(c.Approvals); n > MaxApprovals {
 		return nil, kind.Errorf(kind.Invalid, "approvals: %d, at most %d", n, MaxApprovals)

@@ -37,6 +37,9 @@ const (
 	TypeSharing   EntryType = "sharing"
 	// TypeGovernance has one entry, [GovernanceID].
 	TypeGovernance EntryType = "governance"
+	// TypeFeature is a rule of the state machine that begins at a height: see
+	// [Feature].
+	TypeFeature EntryType = "feature"
 )
 
 // A plan has no type: it is part of its junction's definition, which is checked
@@ -45,7 +48,7 @@ const (
 // known reports whether t is one of the types above.
 func known(t EntryType) bool {
 	switch t {
-	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance:
+	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance, TypeFeature:
 		return true
 	}
 	return false
@@ -272,7 +275,8 @@ type Registry struct {
 	validators map[uint64]Validator
 	// membersSince is the newest Since of a validator's entry.
 	membersSince uint64
-	governance   *Governance // nil without an entry
+	governance   *Governance       // nil without an entry
+	features     map[string]uint64 // name to first height
 	nonces       map[nonceKey]bool
 	tree         *merkle.Tree // nil until asked for after a change
 	loading      bool         // a snapshot, whose entries were checked when they were filed
@@ -284,7 +288,7 @@ func NewRegistry(g *Genesis) (*Registry, error) {
 	r := &Registry{
 		district: g.District, entries: map[string]Entry{}, holders: map[KeyID]Holder{},
 		devices: map[traffic.DeviceID]Device{}, junctions: map[traffic.JunctionID]*traffic.Junction{},
-		validators: map[uint64]Validator{}, nonces: map[nonceKey]bool{},
+		validators: map[uint64]Validator{}, nonces: map[nonceKey]bool{}, features: map[string]uint64{},
 	}
 	if g.District == "" {
 		return nil, errors.New("genesis: district: must not be empty")
@@ -331,6 +335,7 @@ func (r *Registry) Clone() *Registry {
 	c.entries, c.holders = maps.Clone(r.entries), maps.Clone(r.holders)
 	c.devices, c.junctions = maps.Clone(r.devices), maps.Clone(r.junctions)
 	c.validators, c.nonces = maps.Clone(r.validators), maps.Clone(r.nonces)
+	c.features = maps.Clone(r.features)
 	return &c
 }
 
@@ -409,7 +414,7 @@ func (r *Registry) Apply(height uint64, signer KeyID, c Change) error {
 	case r.nonces[nonceKey{signer, c.Nonce}]:
 		return kind.Errorf(kind.Conflict, "nonce: %d was used by this signer before", c.Nonce)
 	}
-	signers, err := r.approved(signer, h, c)
+	signers, err := r.approved(height, signer, h, c)
 	if err != nil {
 		return err
 	}
@@ -442,7 +447,7 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to %d bytes without control characters", id, MaxID)
 	}
 	old, exists := r.entries[entryKey(t, id)]
-	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator
+	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator || t == TypeFeature
 	if exists && (old.Status == Revoked || !replace) {
 		return kind.Errorf(kind.Conflict, "id: %s %q was used before; ids are never used again", t, id)
 	}
@@ -555,6 +560,12 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 			}
 		}
 		done = func() { r.governance = g }
+	case TypeFeature:
+		set, err := r.putFeature(height, id, body)
+		if err != nil {
+			return err
+		}
+		done = set
 	default:
 		return kind.Errorf(kind.Invalid, "type: %.20q is unknown", string(t))
 	}
@@ -609,7 +620,7 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 	if e.Status == Revoked {
 		return kind.Errorf(kind.Conflict, "id: %s %q is revoked already", t, id)
 	}
-	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator {
+	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator && t != TypeFeature {
 		return kind.Errorf(kind.Invalid, "type: a %.20s cannot be revoked", string(t))
 	}
 	if t == TypeValidator {
@@ -621,6 +632,12 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 			return err // unreachable: the entry was filed under its number
 		}
 		delete(r.validators, n)
+	}
+	if t == TypeFeature {
+		if err := r.pending(height, id); err != nil && !r.loading {
+			return err
+		}
+		delete(r.features, id)
 	}
 	// Without governance the last registrar may go: so it was from the start.
 	if g, filed := r.Governance(); filed && t == TypeOfficial && !r.loading {
