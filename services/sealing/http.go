@@ -1,7 +1,10 @@
 package sealing
 
 import (
+	"bytes"
+	"compress/gzip"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io/fs"
 	"log/slog"
@@ -10,6 +13,9 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 )
@@ -17,10 +23,33 @@ import (
 func hashOf(b []byte) ledger.Hash { return sha256.Sum256(b) }
 
 // Handler serves the log read-only: /checkpoint and /tile/…, as C2SP tlog-tiles
-// says, to anybody and any origin.
+// says, to anybody and any origin. See [Handler].
 func (s *Service) Handler() http.Handler { return Handler(s.c.Dir, s.log) }
 
-// Handler serves the log of a data folder; see [Service.Handler].
+// What does not change may be kept for good, what does must be asked for again;
+// that something is not there yet must not be kept at all.
+const (
+	cacheImmutable = "public, max-age=31536000, immutable"
+	cacheAsk       = "no-cache"
+	cacheNever     = "no-store"
+)
+
+// mutable are the files of a log beside its tiles that are served, with their
+// content types. Each is replaced whole.
+var mutable = map[string]string{
+	checkpointFile: "text/plain; charset=utf-8",
+	witnessedFile:  "text/plain; charset=utf-8",
+}
+
+// Handler serves the log of a data folder; log is optional. Beside what C2SP
+// tlog-tiles asks for there is
+//
+//	/checkpoint.witnessed  the newest checkpoint that witnesses have cosigned, with
+//	                       their cosignatures; a little older than /checkpoint
+//	/succession            who the validators were, see [ledger.SuccessionProof]
+//
+// A partial tile that is gone because the full one is there is cut from that one,
+// so that who holds an older checkpoint need not know.
 func Handler(dir string, log *slog.Logger) http.Handler {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -29,43 +58,115 @@ func Handler(dir string, log *slog.Logger) http.Handler {
 		h := w.Header()
 		h.Set("Access-Control-Allow-Origin", "*")
 		h.Set("X-Content-Type-Options", "nosniff")
+		fail := func(text string, status int) {
+			h.Set("Cache-Control", cacheNever)
+			http.Error(w, text, status)
+		}
 		switch r.Method {
 		case http.MethodGet, http.MethodHead:
 		case http.MethodOptions:
 			h.Set("Access-Control-Allow-Methods", "GET, HEAD")
+			h.Set("Access-Control-Allow-Headers", "If-None-Match, Range")
+			h.Set("Access-Control-Max-Age", "86400")
 			w.WriteHeader(http.StatusNoContent)
 			return
 		default:
-			h.Set("Allow", "GET, HEAD")
-			http.Error(w, "the log can only be read", http.StatusMethodNotAllowed)
+			h.Set("Allow", "GET, HEAD, OPTIONS")
+			fail("the log can only be read", http.StatusMethodNotAllowed)
 			return
 		}
 		name := strings.TrimPrefix(r.URL.Path, "/")
-		contentType, cache := "text/plain; charset=utf-8", "no-store"
-		if name != "checkpoint" {
+		contentType, cache := mutable[name], cacheAsk
+		var tile *ledger.TileID
+		if contentType == "" {
 			// Only names of tiles pass: nothing else of the folder can be reached.
-			if _, err := ledger.ParseTilePath(name); err != nil {
-				http.Error(w, "not found: /checkpoint and /tile/… are served", http.StatusNotFound)
+			id, err := ledger.ParseTilePath(name)
+			if err != nil {
+				fail("not found: /checkpoint and /tile/… are served", http.StatusNotFound)
 				return
 			}
-			// A tile of a given width never changes.
-			contentType, cache = "application/octet-stream", "public, max-age=31536000, immutable"
+			tile, contentType, cache = &id, "application/octet-stream", cacheImmutable
 		}
 		b, err := os.ReadFile(filepath.Join(dir, logDir, filepath.FromSlash(name)))
+		if errors.Is(err, fs.ErrNotExist) && tile != nil && tile.Width < ledger.TileWidth {
+			b, err = cutFromFull(dir, *tile)
+		}
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			http.Error(w, "not found", http.StatusNotFound)
+			fail("not found", http.StatusNotFound)
 			return
 		case err != nil:
 			log.Error("sealing: reading the log", "path", name, "err", err)
-			http.Error(w, "cannot be read", http.StatusInternalServerError)
+			fail("cannot be read", http.StatusInternalServerError)
 			return
+		}
+		sum := sha256.Sum256(b)
+		tag := hex.EncodeToString(sum[:16])
+		// Hashes do not get shorter.
+		if tile == nil || tile.Level == ledger.EntriesLevel {
+			h.Set("Vary", "Accept-Encoding")
+			if acceptsGzip(r.Header.Values("Accept-Encoding")) {
+				b, tag = zipped(b), tag+"-gz"
+				h.Set("Content-Encoding", "gzip")
+				h.Set("Content-Length", strconv.Itoa(len(b)))
+			}
 		}
 		h.Set("Content-Type", contentType)
 		h.Set("Cache-Control", cache)
-		h.Set("Content-Length", strconv.Itoa(len(b)))
-		if _, err := w.Write(b); err != nil {
-			log.Debug("sealing: client went away", "path", name, "err", err)
-		}
+		h.Set("ETag", `"`+tag+`"`)
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(b)) // conditions, ranges, HEAD
 	})
+}
+
+// cutFromFull makes a partial tile of the full one.
+func cutFromFull(dir string, id ledger.TileID) ([]byte, error) {
+	width := id.Width
+	id.Width = ledger.TileWidth
+	b, err := os.ReadFile(filepath.Join(dir, logDir, filepath.FromSlash(id.Path())))
+	if err != nil {
+		return nil, err
+	}
+	if id.Level != ledger.EntriesLevel {
+		return b[:min(len(b), width*tlog.HashSize)], nil
+	}
+	es, err := ledger.ReadEntries(b)
+	if err != nil {
+		return nil, err
+	}
+	var out []byte
+	for _, e := range es[:min(len(es), width)] {
+		out = ledger.AppendEntry(out, e)
+	}
+	return out, nil
+}
+
+func zipped(b []byte) []byte {
+	var out bytes.Buffer
+	z := gzip.NewWriter(&out)
+	// A Buffer takes everything.
+	_, _ = z.Write(b)
+	_ = z.Close()
+	return out.Bytes()
+}
+
+// acceptsGzip reports whether a client takes gzip: RFC 9110 §12.5.3.
+func acceptsGzip(values []string) bool {
+	any := false
+	for _, part := range strings.Split(strings.Join(values, ","), ",") {
+		coding, params, _ := strings.Cut(part, ";")
+		coding = strings.ToLower(strings.TrimSpace(coding))
+		if coding != "gzip" && coding != "x-gzip" && coding != "*" {
+			continue
+		}
+		ok := true
+		if name, q, found := strings.Cut(strings.TrimSpace(params), "="); found && strings.EqualFold(strings.TrimSpace(name), "q") {
+			weight, err := strconv.ParseFloat(strings.TrimSpace(q), 64)
+			ok = err == nil && weight > 0
+		}
+		if coding != "*" {
+			return ok
+		}
+		any = ok
+	}
+	return any
 }

@@ -70,6 +70,12 @@ const (
 	payloadDir = "payload/record"
 )
 
+// Files of the log that are replaced whole, below logDir.
+const (
+	checkpointFile = "checkpoint"
+	witnessedFile  = "checkpoint.witnessed"
+)
+
 // OpenStore opens the folder, makes it if there is none, and brings it to where
 // it was when the last operation returned.
 func OpenStore(o StoreOptions) (_ *Store, err error) {
@@ -393,7 +399,7 @@ func (s *Store) Seal(p *Point, note []byte) error {
 
 // publish makes the file checkpoint what the history ends with.
 func (s *Store) publish(note []byte) error {
-	path := filepath.Join(s.o.Dir, logDir, "checkpoint")
+	path := filepath.Join(s.o.Dir, logDir, checkpointFile)
 	if have, err := os.ReadFile(path); err == nil && slices.Equal(have, note) {
 		return nil
 	}

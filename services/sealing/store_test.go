@@ -490,20 +490,20 @@ func TestHandler(t *testing.T) {
 		status       int
 		cache        string
 	}{
-		{"GET", "/checkpoint", 200, "no-store"},
+		{"GET", "/checkpoint", 200, "no-cache"},
 		{"GET", "/tile/0/000", 200, "public, max-age=31536000, immutable"},
 		{"HEAD", "/tile/0/001.p/68", 200, "public, max-age=31536000, immutable"},
 		{"GET", "/tile/entries/000", 200, "public, max-age=31536000, immutable"},
-		{"GET", "/tile/0/002", 404, ""},
-		{"GET", "/tile/0/1", 404, ""},
-		{"GET", "/tile/9/000", 404, ""},
-		{"GET", "/tile/0/000.p/256", 404, ""},
-		{"GET", "/tile/0/000.p/0", 404, ""},
-		{"GET", "/tile/../policy", 404, ""},
-		{"GET", "/blocks/00000000000000000000.seg", 404, ""},
-		{"GET", "/../payload/record/00000000000000000000.seg", 404, ""},
-		{"GET", "/", 404, ""},
-		{"POST", "/checkpoint", 405, ""},
+		{"GET", "/tile/0/002", 404, "no-store"},
+		{"GET", "/tile/0/1", 404, "no-store"},
+		{"GET", "/tile/9/000", 404, "no-store"},
+		{"GET", "/tile/0/000.p/256", 404, "no-store"},
+		{"GET", "/tile/0/000.p/0", 404, "no-store"},
+		{"GET", "/tile/../policy", 404, "no-store"},
+		{"GET", "/blocks/00000000000000000000.seg", 404, "no-store"},
+		{"GET", "/../payload/record/00000000000000000000.seg", 404, "no-store"},
+		{"GET", "/", 404, "no-store"},
+		{"POST", "/checkpoint", 405, "no-store"},
 		{"OPTIONS", "/checkpoint", 204, ""},
 	} {
 		r := httptest.NewRequest(tc.method, "/", nil)
