@@ -141,6 +141,10 @@ type Config struct {
 	// snapshot of the state that f+1 others have signed. Default 2000; negative:
 	// only where the payloads are gone.
 	SnapshotBeyond int
+	// Features lists the features of the state machine that this build knows. Where
+	// the registry has another one in force the validator ends. Optional:
+	// [identity.Features]; a test may be a build of before.
+	Features []string
 	// SegmentBytes is the size of the files that blocks and payloads are stored
 	// in. Default 64 MiB.
 	SegmentBytes int64

@@ -39,6 +39,7 @@ type core struct {
 	store        *store
 	every        ledger.Height
 	count        *counters
+	features     []string // that this build knows
 
 	// mu guards the state and what is computed on it. Blocks are executed with it
 	// held: once each, as the next needs the result.
@@ -87,7 +88,10 @@ func openCore(c Config, cd codec, count *counters) (*core, error) {
 		self: c.Number, genesis: g, now: c.Now, log: c.Logger, codec: cd, genesisBytes: c.Genesis, count: count,
 		every: ledger.Height(c.SnapshotEvery), state: st,
 		verifier: newVerifier(), outcomes: map[string]*outcome{}, requests: map[ledger.Hash]*request{},
-		retention: c.Retention,
+		retention: c.Retention, features: c.Features,
+	}
+	if c.Features == nil {
+		k.features = identity.Features()
 	}
 	if m := membersOf(st.registry); m.limit < MaxRequest+4 {
 		return nil, fmt.Errorf("genesis: %d validators are too many: a view change would not fit a message", len(m.validators))
@@ -354,6 +358,7 @@ func refuse(reason, format string, args ...any) error {
 	return &refusal{reason, fmt.Errorf(format, args...)}
 }
 
+	refusedFeature  = "feature" // in force, and not known here
 // A leader must not make time stand still: records are judged by block time, and
 // those of the present would be refused as coming from the future. One proposal
 // may be late, having been on its way, or made before everybody restarted; so
@@ -397,6 +402,9 @@ func (k *core) check(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) 
 	case h.Parent != k.state.hash() || h.Genesis != k.state.genesis:
 		return nil, refuse(refusedParent, "parent: is not the block before")
 	case !h.Time.After(k.state.time()):
+	if err := k.knows(); err != nil {
+		return nil, refuse(refusedFeature, "%w", err)
+	}
 		return nil, refuse(refusedTime, "time: %v is not later than the parent's, %v", h.Time, k.state.time())
 	}
 	if now := k.now(); h.Time.After(now.Add(ledger.MaxAhead)) {
@@ -649,7 +657,10 @@ func (k *core) executeBlock(m *pb.Block) (*appliedBlock, error) {
 	if purged(m, h) {
 		return nil, fmt.Errorf("block %d: %w", h.Height, errPurged)
 	}
-	o, err := k.execute(h, proposal{Header: m.Header, Payload: encodePayload(m.Batches), Metadata: m.Metadata})
+	if err := k.knows(); err != nil {
+		return nil, fatalError{err} // never a guess at a state
+	}
+	o, err := k.execute(h, m.Header, m.Batches)
 	if err != nil {
 		return nil, fmt.Errorf("block %d: %w", h.Height, err)
 	}
@@ -684,6 +695,9 @@ func (k *core) settle(bs []*appliedBlock, storeIt bool) error {
 	for _, a := range bs {
 		if a.block.Header.Height > k.store.height() {
 			fresh = append(fresh, stored{block: a.block, verdicts: a.verdicts, batches: a.batches, keep: a.changed})
+	if changed {
+		k.foresee()
+	}
 		}
 	}
 	if storeIt {

@@ -138,6 +138,20 @@ func change(t testing.TB, nonce uint64, action string, typ identity.EntryType, i
 	return record(identity.Sign(key("registrar"), identity.KindRegistry, identity.JSON, p))
 }
 
+// changeTo is a change to what an entry was; a nil base says nothing of that.
+func changeTo(t testing.TB, nonce uint64, base identity.Digest, typ identity.EntryType, id string, body any) *pb.Record {
+	t.Helper()
+	raw, err := json.Marshal(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := json.Marshal(identity.Change{District: harbour, Action: identity.Put, Type: typ, ID: id, Nonce: nonce, Base: base, Body: raw})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return record(identity.Sign(key("registrar"), identity.KindRegistry, identity.JSON, p))
+}
+
 func batch(rs ...*pb.Record) []byte { return wire.EncodeBatch(&pb.Batch{Records: rs}) }
 
 // cluster is a district's validators around one server.

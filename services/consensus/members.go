@@ -157,6 +157,10 @@ func (s *seat) hear(from uint64, config uint64) {
 
 // changed ends the seat if the last block has other members follow.
 func (s *seat) changed() {
+	if err := s.core.upToDate(); err != nil {
+		s.fail(err)
+		runtime.Goexit()
+	}
 	if s.core.members().since != s.members.since {
 		s.end()
 	}
@@ -300,6 +304,9 @@ func (v *Validator) runEngine(ctx context.Context) error {
 			if err := v.fetch(ctx); err != nil {
 				return err
 			}
+		}
+		if err := v.core.upToDate(); err != nil {
+			return err
 		}
 		m := v.core.members()
 		me, ok := m.validator(v.c.Number)
