@@ -352,13 +352,13 @@ const (
 	refusedRequest  = "request" // holds a batch that is none
 	refusedHeader   = "header"  // does not follow from the records
 	refusedVote     = "vote"    // we voted otherwise in this slot
+	refusedFeature  = "feature" // in force, and not known here
 )
 
 func refuse(reason, format string, args ...any) error {
 	return &refusal{reason, fmt.Errorf(format, args...)}
 }
 
-	refusedFeature  = "feature" // in force, and not known here
 // A leader must not make time stand still: records are judged by block time, and
 // those of the present would be refused as coming from the future. One proposal
 // may be late, having been on its way, or made before everybody restarted; so
@@ -396,15 +396,15 @@ func (k *core) check(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) 
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if err := k.knows(); err != nil {
+		return nil, refuse(refusedFeature, "%w", err)
+	}
 	switch {
 	case h.Height != k.state.height()+1:
 		return nil, refuse(refusedPosition, "height: %d after %d", h.Height, k.state.height())
 	case h.Parent != k.state.hash() || h.Genesis != k.state.genesis:
 		return nil, refuse(refusedParent, "parent: is not the block before")
 	case !h.Time.After(k.state.time()):
-	if err := k.knows(); err != nil {
-		return nil, refuse(refusedFeature, "%w", err)
-	}
 		return nil, refuse(refusedTime, "time: %v is not later than the parent's, %v", h.Time, k.state.time())
 	}
 	if now := k.now(); h.Time.After(now.Add(ledger.MaxAhead)) {
@@ -678,6 +678,9 @@ func (k *core) executeBlock(m *pb.Block) (*appliedBlock, error) {
 	if err := k.state.advance(o); err != nil {
 		return nil, err
 	}
+	if changed {
+		k.foresee()
+	}
 	clear(k.outcomes)
 	for _, id := range o.ids {
 		delete(k.requests, id)
@@ -695,9 +698,6 @@ func (k *core) settle(bs []*appliedBlock, storeIt bool) error {
 	for _, a := range bs {
 		if a.block.Header.Height > k.store.height() {
 			fresh = append(fresh, stored{block: a.block, verdicts: a.verdicts, batches: a.batches, keep: a.changed})
-	if changed {
-		k.foresee()
-	}
 		}
 	}
 	if storeIt {
