@@ -660,7 +660,7 @@ func (k *core) executeBlock(m *pb.Block) (*appliedBlock, error) {
 	if err := k.knows(); err != nil {
 		return nil, fatalError{err} // never a guess at a state
 	}
-	o, err := k.execute(h, m.Header, m.Batches)
+	o, err := k.execute(h, proposal{Header: m.Header, Payload: encodePayload(m.Batches), Metadata: m.Metadata})
 	if err != nil {
 		return nil, fmt.Errorf("block %d: %w", h.Height, err)
 	}
