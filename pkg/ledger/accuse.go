@@ -58,8 +58,22 @@ type Accusation struct {
 	Votes [][]byte `json:"votes,omitempty"`
 	// Checkpoints that do not fit together.
 	Checkpoints []AccusedCheckpoint `json:"checkpoints,omitempty"`
+	// Prefix, where the checkpoints are of different sizes, and do not say what
+	// stands at one index.
+	Prefix *AccusedPrefix `json:"prefix,omitempty"`
 	// Blocks at one height, without leaves and payload.
 	Blocks []AccusedBlock `json:"blocks,omitempty"`
+	// Members shows who the validators were where they are not those of genesis:
+	// how they changed, from genesis on, up to the set that is accused. See [Step].
+	Members []Step `json:"members,omitempty"`
+}
+
+// AccusedPrefix is what the log of the larger of two checkpoints was when it had
+// the size of the smaller: another root than that one's, and a consistency proof
+// (RFC 6962) from it to the larger's root.
+type AccusedPrefix struct {
+	Root  []byte   `json:"root"`
+	Proof [][]byte `json:"proof"`
 }
 
 // AccusedCheckpoint is a signed checkpoint. Where the two are of different
@@ -82,6 +96,9 @@ type AccusedBlock struct {
 	Metadata []byte `json:"metadata"`
 	// Votes, by validator.
 	Votes []AccusedVote `json:"votes"`
+	// Registry shows all validators in the registry of the header, as
+	// [BundleBlock.Registry] does, unless that is the registry of genesis.
+	Registry []identity.Excerpt `json:"registry,omitempty"`
 }
 
 // AccusedVote is one vote for a block.
@@ -176,6 +193,8 @@ func ParseAccusation(b []byte) (*Accusation, error) {
 		return fail("%s: two are needed, and nothing else", a.Kind)
 	case a.Kind == AccusedCheckpoints && a.Genesis != "":
 		return fail("genesis: has no place in kind %s", a.Kind)
+	case a.Kind != AccusedCheckpoints && a.Prefix != nil:
+		return fail("prefix: has no place in kind %s", a.Kind)
 	}
 	if a.Kind != AccusedCheckpoints {
 		if h, err := hex.DecodeString(a.Genesis); err != nil || len(h) != len(Hash{}) {
@@ -399,18 +418,21 @@ func (a *Accusation) Judge(t Trust) (Judgement, error) {
 	return Judgement{Kind: a.Kind, Outcome: Fail, Reason: err.Error()}, err
 }
 
-// validatorsOf returns the validators of the trusted genesis document, if it is
-// the accusation's.
-func (a *Accusation) validatorsOf(t Trust) (Hash, []identity.Validator, error) {
+// councilOf returns the last set of validators that the accusation's members lead
+// to from the trusted genesis document, if that is the accusation's.
+func (a *Accusation) councilOf(t Trust) (Hash, Council, error) {
 	if t.Genesis == nil {
-		return Hash{}, nil, fmt.Errorf("Vote keys are in the district's genesis document, and none was given: %w", errUntrusted)
+		return Hash{}, Council{}, fmt.Errorf("Vote keys are in the district's genesis document, and none was given: %w", errUntrusted)
 	}
 	h := sha256.Sum256(t.Genesis)
 	if hex.EncodeToString(h[:]) != a.Genesis {
-		return h, nil, fmt.Errorf("genesis: %.16s…, the trusted document's is %x…", a.Genesis, h[:8])
+		return h, Council{}, fmt.Errorf("genesis: %.16s…, the trusted document's is %x…", a.Genesis, h[:8])
 	}
-	vs, _, err := validatorsIn(t.Genesis)
-	return h, vs, err
+	sets, err := CheckSteps(t.Genesis, a.Members)
+	if err != nil {
+		return h, Council{}, err
+	}
+	return h, sets[len(sets)-1], nil
 }
 
 func validatorsIn(genesis []byte) ([]identity.Validator, *identity.Genesis, error) {
@@ -434,13 +456,17 @@ func (j *Judgement) votes(a *Accusation, t Trust) error {
 	if err != nil {
 		return fmt.Errorf("votes[0]: %w", err)
 	}
-	genesis, validators, err := a.validatorsOf(t)
+	genesis, council, err := a.councilOf(t)
 	if err != nil {
 		return err
 	}
+	if m.Config != uint64(council.Since) {
+		return fmt.Errorf("votes[0]: is for the validators since block %d, the members given are those since block %d", m.Config, council.Since)
+	}
+	validators := council.Validators
 	i := slices.IndexFunc(validators, func(v identity.Validator) bool { return v.Number == m.From })
 	if i < 0 {
-		return fmt.Errorf("votes[0]: from: the genesis document has no validator %d", m.From)
+		return fmt.Errorf("votes[0]: from: there is no validator %d among those since block %d, and what it says counts for nothing", m.From, council.Since)
 	}
 	if err := CheckVotesDiffer(m.From, validators[i].VoteKey, genesis, a.Votes[0], a.Votes[1]); err != nil {
 		return err
@@ -454,10 +480,11 @@ func (j *Judgement) votes(a *Accusation, t Trust) error {
 }
 
 func (j *Judgement) blocks(a *Accusation, t Trust) error {
-	genesis, validators, err := a.validatorsOf(t)
+	genesis, council, err := a.councilOf(t)
 	if err != nil {
 		return err
 	}
+	validators := council.Validators
 	var hs [2]Header
 	var views [2]uint64
 	count := map[uint64]int{}
@@ -468,22 +495,20 @@ func (j *Judgement) blocks(a *Accusation, t Trust) error {
 		if hs[i].Genesis != genesis {
 			return fmt.Errorf("blocks[%d]: genesis: belongs to another district", i)
 		}
+		if hs[i].Height <= council.Since {
+			return fmt.Errorf("blocks[%d]: height: %d, the members given are those since block %d", i, hs[i].Height, council.Since)
+		}
 		if views[i], err = viewOf(b.Metadata); err != nil {
 			return fmt.Errorf("blocks[%d]: %w", i, err)
 		}
-		votes := make([]Vote, len(b.Votes))
-		for k, v := range b.Votes {
-			if k > 0 && v.Validator <= b.Votes[k-1].Validator {
-				return fmt.Errorf("blocks[%d]: votes[%d]: must be by validator, one of each", i, k)
-			}
-			votes[k] = Vote(v)
+		for _, v := range b.Votes {
 			count[v.Validator]++
 		}
-		if err := CheckVotes(hs[i].Hash(), b.Metadata, votes, validators); err != nil {
+		if err := checkAccusedVotes(hs[i], b.Metadata, b.Votes, validators); err != nil {
 			return fmt.Errorf("blocks[%d]: %w", i, err)
 		}
-		if n := len(ValidVotes(hs[i].Hash(), b.Metadata, votes, validators)); n != len(votes) {
-			return fmt.Errorf("blocks[%d]: votes: %d of %d are not valid", i, len(votes)-n, len(votes))
+		if err := inRegistry(hs[i], b.Registry, validators); err != nil {
+			return fmt.Errorf("blocks[%d]: %w", i, err)
 		}
 	}
 	switch {
@@ -534,8 +559,9 @@ func (k keyring) add(v note.Verifier, c Culprit) {
 	}{v, c}
 }
 
-// ring collects the keys that t trusts to sign checkpoints.
-func (t Trust) ring() (keyring, error) {
+// ring collects the keys that t trusts to sign checkpoints. Members lead from the
+// genesis document to further ones; without it they are passed over.
+func (t Trust) ring(members []Step) (keyring, error) {
 	k := keyring{}
 	if t.Policy != nil {
 		for _, l := range t.Policy.logs {
@@ -546,16 +572,22 @@ func (t Trust) ring() (keyring, error) {
 		}
 	}
 	if t.Genesis != nil {
-		vs, g, err := validatorsIn(t.Genesis)
+		_, g, err := validatorsIn(t.Genesis)
 		if err != nil {
 			return nil, err
 		}
-		for _, v := range vs {
-			c, err := NewCosigner(CosignerName(g.Origin, v.Number), ed25519.PublicKey(v.CosignKey))
-			if err != nil {
-				return nil, err
+		sets, err := CheckSteps(t.Genesis, members)
+		if err != nil {
+			return nil, err
+		}
+		for _, set := range sets {
+			for _, v := range set.Validators {
+				c, err := NewCosigner(CosignerName(g.Origin, v.Number), ed25519.PublicKey(v.CosignKey))
+				if err != nil {
+					return nil, err
+				}
+				k.add(c, culprit(v, v.CosignKey))
 			}
-			k.add(c, culprit(v, v.CosignKey))
 		}
 		if g.LogKey != "" {
 			v, key, err := parseLogKey(g.LogKey)
@@ -572,7 +604,7 @@ func (t Trust) ring() (keyring, error) {
 }
 
 func (j *Judgement) checkpoints(a *Accusation, t Trust) error {
-	ring, err := t.ring()
+	ring, err := t.ring(a.Members)
 	if err != nil {
 		return err
 	}
@@ -619,7 +651,16 @@ func (j *Judgement) checkpoints(a *Accusation, t Trust) error {
 				return fmt.Errorf("checkpoints[%d]: index, leaf, proof: have no place where the sizes are the same", i)
 			}
 		}
+		if a.Prefix != nil {
+			return errors.New("prefix: has no place where the sizes are the same")
+		}
 		j.Finding = fmt.Sprintf("Two checkpoints of %s, of one size, %d, with different roots.", one.Origin, one.Size)
+	case a.Prefix != nil:
+		if err := a.Prefix.check(a.Checkpoints, cps); err != nil {
+			return err
+		}
+		j.Finding = fmt.Sprintf("Two checkpoints of %s, of sizes %d and %d; with the entries of the first the log of the second had another root.",
+			one.Origin, min(one.Size, two.Size), max(one.Size, two.Size))
 	default:
 		at, err := diverge(a.Checkpoints, cps)
 		if err != nil {
@@ -634,6 +675,37 @@ func (j *Judgement) checkpoints(a *Accusation, t Trust) error {
 	}
 	if len(j.Guilty) == 0 {
 		return errors.New("checkpoints: nobody signed both")
+	}
+	return nil
+}
+
+// check verifies that the larger checkpoint's log did not begin with the
+// smaller's.
+func (p *AccusedPrefix) check(as []AccusedCheckpoint, cps [2]Checkpoint) error {
+	for i, c := range as {
+		if c.Index != nil || len(c.Leaf)+len(c.Proof) > 0 {
+			return fmt.Errorf("checkpoints[%d]: index, leaf, proof: have no place beside a prefix", i)
+		}
+	}
+	small, large := cps[0], cps[1]
+	if small.Size > large.Size {
+		small, large = large, small
+	}
+	if len(p.Root) != tlog.HashSize {
+		return fmt.Errorf("prefix: root: must be %d bytes", tlog.HashSize)
+	}
+	if bytes.Equal(p.Root, small.Root[:]) {
+		return errors.New("prefix: root: is that of the smaller checkpoint: the two are consistent")
+	}
+	proof, err := hashes(p.Proof)
+	if err != nil {
+		return fmt.Errorf("prefix: %w", err)
+	}
+	if small.Size == 0 || large.Size > math.MaxInt64/2 {
+		return fmt.Errorf("prefix: sizes %d and %d: nothing can be shown of them", small.Size, large.Size)
+	}
+	if err := tlog.CheckTree(proof, int64(large.Size), tlog.Hash(large.Root), int64(small.Size), tlog.Hash(p.Root)); err != nil {
+		return errors.New("prefix: proof: does not lead to the larger checkpoint's root")
 	}
 	return nil
 }

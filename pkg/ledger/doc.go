@@ -134,7 +134,16 @@
 //	             quorum. Who voted for both in one view is guilty; in two views the
 //	             fork is proven, and nobody's guilt.
 //	checkpoints  two signed notes of one log, of one size with different roots, or of
-//	             two sizes with different leaves at one index, each with its proof
+//	             two sizes with different leaves at one index, each with its proof; or
+//	             of two sizes with a consistency proof to the larger's root from another
+//	             root than the smaller's
+//
+// Where the validators are not those of genesis any more, members shows how they
+// came to be: for each change the header of its block with the votes of a quorum
+// of those before, and the agreed record with its inclusion proof to the header's
+// root, [Step]. Votes name the block since which their set is in force, and the
+// last step must be that block; what somebody says who is not of that set counts
+// for nothing. Blocks show their set in the registry of their headers, too.
 //
 // Bytes are in base64, the genesis hash in hex, and the two are in the order of
 // their bytes. Vote keys are in the genesis document, which the verifier must trust,
