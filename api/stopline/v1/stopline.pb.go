@@ -1790,8 +1790,12 @@ type SyncRequest struct {
 	// The snapshot with this SHA-256, from offset on.
 	Snapshot []byte `protobuf:"bytes,6,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
 	// The registry with this hash, as snapshots hold it, from offset on.
-	Registry      []byte `protobuf:"bytes,7,opt,name=registry,proto3" json:"registry,omitempty"`
-	Offset        uint64 `protobuf:"varint,8,opt,name=offset,proto3" json:"offset,omitempty"`
+	Registry []byte `protobuf:"bytes,7,opt,name=registry,proto3" json:"registry,omitempty"`
+	Offset   uint64 `protobuf:"varint,8,opt,name=offset,proto3" json:"offset,omitempty"`
+	// How the validators changed since genesis.
+	Steps bool `protobuf:"varint,9,opt,name=steps,proto3" json:"steps,omitempty"`
+	// Signed checkpoints that were seen.
+	Seals         bool `protobuf:"varint,10,opt,name=seals,proto3" json:"seals,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1882,6 +1886,20 @@ func (x *SyncRequest) GetOffset() uint64 {
 	return 0
 }
 
+func (x *SyncRequest) GetSteps() bool {
+	if x != nil {
+		return x.Steps
+	}
+	return false
+}
+
+func (x *SyncRequest) GetSeals() bool {
+	if x != nil {
+		return x.Seals
+	}
+	return false
+}
+
 // SyncResponse carries consecutive blocks from the height asked for, or what was
 // asked for instead.
 type SyncResponse struct {
@@ -1891,8 +1909,15 @@ type SyncResponse struct {
 	Offers     []*SnapshotOffer       `protobuf:"bytes,3,rep,name=offers,proto3" json:"offers,omitempty"`
 	// So much as fits of a snapshot or registry of size bytes; empty where the
 	// validator has none such.
-	Part          []byte `protobuf:"bytes,4,opt,name=part,proto3" json:"part,omitempty"`
-	Size          uint64 `protobuf:"varint,5,opt,name=size,proto3" json:"size,omitempty"`
+	Part []byte `protobuf:"bytes,4,opt,name=part,proto3" json:"part,omitempty"`
+	Size uint64 `protobuf:"varint,5,opt,name=size,proto3" json:"size,omitempty"`
+	// Each change of the validators with its proof, as JSON: ledger.Step.
+	Steps [][]byte `protobuf:"bytes,6,rep,name=steps,proto3" json:"steps,omitempty"`
+	// Signed notes.
+	Seals [][]byte `protobuf:"bytes,7,rep,name=seals,proto3" json:"seals,omitempty"`
+	// Not 0: nothing is given, as more was asked for than one may have at once; ask
+	// again after so long.
+	WaitMs        uint32 `protobuf:"varint,8,opt,name=wait_ms,json=waitMs,proto3" json:"wait_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1958,6 +1983,27 @@ func (x *SyncResponse) GetPart() []byte {
 func (x *SyncResponse) GetSize() uint64 {
 	if x != nil {
 		return x.Size
+	}
+	return 0
+}
+
+func (x *SyncResponse) GetSteps() [][]byte {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+func (x *SyncResponse) GetSeals() [][]byte {
+	if x != nil {
+		return x.Seals
+	}
+	return nil
+}
+
+func (x *SyncResponse) GetWaitMs() uint32 {
+	if x != nil {
+		return x.WaitMs
 	}
 	return 0
 }
@@ -2377,7 +2423,7 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\bmetadata\x18\x03 \x01(\fR\bmetadata\x120\n" +
 	"\x05votes\x18\x04 \x03(\v2\x1a.stopline.v1.VoteSignatureR\x05votes\x12\x18\n" +
 	"\abatches\x18\x05 \x03(\fR\abatches\x12\x1a\n" +
-	"\bverdicts\x18\x06 \x01(\fR\bverdicts\"\xec\x01\n" +
+	"\bverdicts\x18\x06 \x01(\fR\bverdicts\"\x98\x02\n" +
 	"\vSyncRequest\x12\x1f\n" +
 	"\vfrom_height\x18\x01 \x01(\x04R\n" +
 	"fromHeight\x12\x1d\n" +
@@ -2388,14 +2434,20 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x06offers\x18\x05 \x01(\bR\x06offers\x12\x1a\n" +
 	"\bsnapshot\x18\x06 \x01(\fR\bsnapshot\x12\x1a\n" +
 	"\bregistry\x18\a \x01(\fR\bregistry\x12\x16\n" +
-	"\x06offset\x18\b \x01(\x04R\x06offset\"\xb7\x01\n" +
+	"\x06offset\x18\b \x01(\x04R\x06offset\x12\x14\n" +
+	"\x05steps\x18\t \x01(\bR\x05steps\x12\x14\n" +
+	"\x05seals\x18\n" +
+	" \x01(\bR\x05seals\"\xfc\x01\n" +
 	"\fSyncResponse\x12*\n" +
 	"\x06blocks\x18\x01 \x03(\v2\x12.stopline.v1.BlockR\x06blocks\x12\x1f\n" +
 	"\vlast_height\x18\x02 \x01(\x04R\n" +
 	"lastHeight\x122\n" +
 	"\x06offers\x18\x03 \x03(\v2\x1a.stopline.v1.SnapshotOfferR\x06offers\x12\x12\n" +
 	"\x04part\x18\x04 \x01(\fR\x04part\x12\x12\n" +
-	"\x04size\x18\x05 \x01(\x04R\x04size\"\x89\x01\n" +
+	"\x04size\x18\x05 \x01(\x04R\x04size\x12\x14\n" +
+	"\x05steps\x18\x06 \x03(\fR\x05steps\x12\x14\n" +
+	"\x05seals\x18\a \x03(\fR\x05seals\x12\x17\n" +
+	"\await_ms\x18\b \x01(\rR\x06waitMs\"\x89\x01\n" +
 	"\rSnapshotOffer\x12\x16\n" +
 	"\x06height\x18\x01 \x01(\x04R\x06height\x12\x16\n" +
 	"\x06header\x18\x02 \x01(\fR\x06header\x12\x12\n" +
