@@ -31,7 +31,7 @@ func (v *Validator) compare(ctx context.Context) error {
 			if peer == v.c.Number {
 				continue
 			}
-			if err := v.compareWith(ctx, peer, m); err != nil && ctx.Err() == nil {
+			if err := v.compareWith(ctx, peer); err != nil && ctx.Err() == nil {
 				v.log.Debug("chain not compared", "peer", peer, "err", err)
 			}
 		}
@@ -40,12 +40,12 @@ func (v *Validator) compare(ctx context.Context) error {
 
 // compareWith looks for the first height at which a peer can show another
 // decided block, and accuses whoever voted for both.
-func (v *Validator) compareWith(ctx context.Context, peer uint64, m *members) error {
+func (v *Validator) compareWith(ctx context.Context, peer uint64) error {
 	top := v.core.store.height()
 	if top == 0 {
 		return nil
 	}
-	theirs, last, err := v.blockOf(ctx, peer, top, m)
+	theirs, last, err := v.blockOf(ctx, peer, top)
 	if err != nil {
 		return err
 	}
@@ -53,7 +53,7 @@ func (v *Validator) compareWith(ctx context.Context, peer uint64, m *members) er
 		if top = min(last, top); top == 0 {
 			return nil
 		}
-		if theirs, _, err = v.blockOf(ctx, peer, top, m); err != nil || theirs == nil {
+		if theirs, _, err = v.blockOf(ctx, peer, top); err != nil || theirs == nil {
 			return err
 		}
 	}
@@ -61,10 +61,11 @@ func (v *Validator) compareWith(ctx context.Context, peer uint64, m *members) er
 	if err != nil || same {
 		return err
 	}
-	// They differ at top, and are the same at low.
-	for low := ledger.Height(0); top-low > 1; {
+	// They differ at top, and are the same at low: at genesis, or where this
+	// validator began, as a quorum had decided that.
+	for low := v.core.store.first() - 1; top-low > 1; {
 		mid := low + (top-low)/2
-		b, _, err := v.blockOf(ctx, peer, mid, m)
+		b, _, err := v.blockOf(ctx, peer, mid)
 		if err != nil {
 			return err
 		}
@@ -82,7 +83,7 @@ func (v *Validator) compareWith(ctx context.Context, peer uint64, m *members) er
 		}
 	}
 	v.count.forks.Add(1)
-	news, err := v.evidence.add(ledger.NewBlockAccusation(ours, theirs, m.validators))
+	news, err := v.accuseBlocks(ours, theirs)
 	if news {
 		v.log.Error("two blocks were decided at one height: more validators lie than may", "height", uint64(top), "peer", peer)
 	}
@@ -102,9 +103,9 @@ func (v *Validator) sameAs(b *ledger.Block) (ours *ledger.Block, same bool, err 
 }
 
 // blockOf asks a peer for one block, without payload, and verifies its votes by
-// the members in force now. It returns nil where the peer has none yet, and the
+// the members who decide that height here. It returns nil where the peer has none yet, and the
 // height that it is at.
-func (v *Validator) blockOf(ctx context.Context, peer uint64, h ledger.Height, m *members) (*ledger.Block, ledger.Height, error) {
+func (v *Validator) blockOf(ctx context.Context, peer uint64, h ledger.Height) (*ledger.Block, ledger.Height, error) {
 	req, err := proto.Marshal(&pb.SyncRequest{FromHeight: uint64(h), MaxBlocks: 1, Headers: true})
 	if err != nil {
 		return nil, 0, err
@@ -129,7 +130,7 @@ func (v *Validator) blockOf(ctx context.Context, peer uint64, h ledger.Height, m
 	if b.Header.Height != h || b.Header.Genesis != v.core.state.genesis {
 		return nil, 0, errors.New("not the block that was asked for")
 	}
-	if err := ledger.CheckVotes(b.Header.Hash(), b.Metadata, b.Votes, m.validators); err != nil {
+	if err := ledger.CheckVotes(b.Header.Hash(), b.Metadata, b.Votes, v.core.succession.at(h).Validators); err != nil {
 		// Decided by other members, or not at all.
 		return nil, 0, err
 	}

@@ -40,6 +40,7 @@ type core struct {
 	every        ledger.Height
 	count        *counters
 	features     []string // that this build knows
+	succession   *succession
 
 	// mu guards the state and what is computed on it. Blocks are executed with it
 	// held: once each, as the next needs the result.
@@ -107,6 +108,9 @@ func openCore(c Config, cd codec, count *counters) (*core, error) {
 	}
 	for _, err := range damaged {
 		k.log.Warn("snapshot not used", "err", err)
+	}
+	if k.succession, err = k.openSuccession(c.Dir); err != nil {
+		return nil, errors.Join(err, k.store.close())
 	}
 	// Where it was before there were several.
 	if err := os.Remove(filepath.Join(c.Dir, "snapshot")); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -675,8 +679,12 @@ func (k *core) executeBlock(m *pb.Block) (*appliedBlock, error) {
 		return nil, fmt.Errorf("block %d: leaves: do not follow from the records", h.Height)
 	}
 	changed := o.registry != k.state.registry
+	before, validators := k.state.tree, k.set().validators
 	if err := k.state.advance(o); err != nil {
 		return nil, err
+	}
+	if changed && ledger.Height(o.registry.MembersSince()) == h.Height {
+		k.succeed(block, &pb.Block{Batches: o.batches, Verdicts: o.verdicts}, before, validators)
 	}
 	if changed {
 		k.foresee()

@@ -103,7 +103,11 @@ func (k *core) checkHeaders(f *follower, m *pb.Block) (*follower, stored, error)
 	if err := next.advance(b, m); err != nil {
 		return nil, stored{}, err
 	}
-	s.keep = next.registry != f.registry
+	if s.keep = next.registry != f.registry; s.keep && ledger.Height(next.registry.MembersSince()) == h.Height {
+		if s.step, err = stepOf(b, m, f.tree, f.registry.Validators()); err != nil {
+			return nil, stored{}, err
+		}
+	}
 	return next, s, nil
 }
 
@@ -132,6 +136,14 @@ func (k *core) takeHeaders(f *follower, ms []*pb.Block, to ledger.Height) (*foll
 	}
 	if n := len(good); n > 0 && gone(good[n-1]) {
 		good, at = good[:n-1], at[:n]
+	}
+	for _, s := range good {
+		if s.step == nil {
+			continue
+		}
+		if err := k.succession.add(s.step); err != nil {
+			return f, 0, fatalError{err}
+		}
 	}
 	if err := k.store.append(good...); err != nil {
 		return f, 0, fatalError{err}

@@ -135,6 +135,9 @@ func (c *council) candidate(n uint64, with func(*Config)) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	if c.prepare != nil {
+		c.prepare(n, v)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	nd := &node{v: v, bus: b, stop: cancel, done: make(chan error, 1)}
 	c.nodes[n-1] = nd

@@ -39,6 +39,8 @@ type stored struct {
 	batches  [][]byte
 	// keep says that the batches must never be let go of.
 	keep bool
+	// step is of a block that changed the validators, where it is not known yet.
+	step *ledger.Step
 }
 
 func openStore(dir string, o seglog.Options) (*store, error) {
@@ -64,6 +66,10 @@ func (s *store) close() error { return errors.Join(s.blocks.Close(), s.payloads.
 
 // height is that of the last block stored.
 func (s *store) height() ledger.Height { return ledger.Height(s.blocks.Next()) }
+
+// first is the height of the oldest block that is here: 1, but where this
+// validator began with a snapshot.
+func (s *store) first() ledger.Height { return ledger.Height(s.blocks.First()) + 1 }
 
 // append makes blocks, which follow each other, durable with their payloads.
 func (s *store) append(bs ...stored) error {

@@ -178,7 +178,7 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 		},
 	}
 	w := v.transport.witness
-	w.genesis, w.height, w.accuse, w.count, w.log = v.transport.genesis, v.transport.height, v.evidence.add, &v.count, v.log
+	w.genesis, w.height, w.accuse, w.count, w.log = v.transport.genesis, v.transport.height, v.accuse, &v.count, v.log
 	if err := v.begin(0); err != nil {
 		return err
 	}
