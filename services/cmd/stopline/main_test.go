@@ -168,7 +168,7 @@ func (r result) String() string {
 func stopline(t testing.TB, args ...string) result {
 	t.Helper()
 	p := start(t, args...)
-	code := p.exit(2 * time.Minute)
+	code := p.exit(8 * time.Minute)
 	return result{code, p.out.String(), p.err.String()}
 }
 
