@@ -49,6 +49,21 @@ func ParseCheckpoint(body string) (Checkpoint, error) {
 	return c, nil
 }
 
+// ParseForeign decodes the head of any log, C2SP tlog-checkpoint: extension lines
+// are taken, and left to the log.
+func ParseForeign(body string) (Checkpoint, error) {
+	l := strings.Split(body, "\n")
+	if len(l) < 4 || l[len(l)-1] != "" {
+		return Checkpoint{}, errors.New("checkpoint: must be three lines or more, the last one ended")
+	}
+	for _, extension := range l[3 : len(l)-1] {
+		if extension == "" {
+			return Checkpoint{}, errors.New("checkpoint: an extension line must not be empty")
+		}
+	}
+	return ParseCheckpoint(strings.Join(l[:3], "\n") + "\n")
+}
+
 // Checkpoint returns the head of the log after the block.
 func (h Header) Checkpoint(origin string) Checkpoint {
 	return Checkpoint{Origin: origin, Size: h.Size, Root: h.Root}
@@ -144,6 +159,15 @@ func (c *Cosigner) Verify(msg, sig []byte) bool {
 // made sure that the body is consistent with every one that it cosigned before.
 func Cosign(name string, key ed25519.PrivateKey, body string, at time.Time) (string, error) {
 	if _, err := ParseCheckpoint(body); err != nil {
+		return "", err
+	}
+	return CosignForeign(name, key, body, at)
+}
+
+// CosignForeign is [Cosign] for the checkpoint of any log: of what its extension
+// lines say a cosigner says nothing.
+func CosignForeign(name string, key ed25519.PrivateKey, body string, at time.Time) (string, error) {
+	if _, err := ParseForeign(body); err != nil {
 		return "", err
 	}
 	c, err := NewCosigner(name, key.Public().(ed25519.PublicKey))

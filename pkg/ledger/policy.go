@@ -36,6 +36,9 @@ type logKey struct {
 type Witness struct {
 	Name string // in the policy
 	*Cosigner
+	// URL is the witness' submission prefix, C2SP tlog-witness; "" where the policy
+	// does not say.
+	URL string
 }
 
 // component is a witness or a group.
@@ -47,16 +50,16 @@ type component struct {
 	used     bool // by a group or as the quorum
 }
 
-// ParsePolicy decodes a policy file: UTF-8 lines of fields separated by spaces
-// or tabs, comments after #.
+// ParsePolicy decodes a policy file: lines of fields separated by spaces or tabs;
+// lines that begin with # are comments.
 //
 //	log <vkey> [url]
 //	witness <name> <vkey> [url]
 //	group <name> <all|any|number> <name>...
 //	quorum <name|none>
 //
-// Beyond the specification we refuse what would let one party count twice: one
-// key under two names, a name twice in groups.
+// Beyond the specification we refuse a policy without a log, keys other than
+// Ed25519, URLs that are not of HTTP, and one key as a log's and a witness'.
 func ParsePolicy(b []byte) (*Policy, error) {
 	if len(b) > MaxPolicy {
 		return nil, fmt.Errorf("policy: %d bytes, at most %d are taken", len(b), MaxPolicy)
@@ -65,9 +68,13 @@ func ParsePolicy(b []byte) (*Policy, error) {
 	quorum := false
 	keys := map[string]bool{}
 	for i, line := range strings.Split(string(b), "\n") {
-		line, _, _ = strings.Cut(line, "#")
+		for k := range len(line) {
+			if c := line[k]; c < ' ' && c != '\t' || c == 0x7f {
+				return nil, fmt.Errorf("policy: line %d: control character %#02x", i+1, c)
+			}
+		}
 		f := strings.FieldsFunc(line, func(r rune) bool { return r == ' ' || r == '\t' })
-		if len(f) == 0 {
+		if len(f) == 0 || f[0][0] == '#' {
 			continue
 		}
 		if err := p.line(f, keys, &quorum); err != nil {
@@ -118,10 +125,14 @@ func (p *Policy) line(f []string, keys map[string]bool, quorum *bool) error {
 			return fmt.Errorf("witness: key of %s is used twice", f[1])
 		}
 		keys[string(c.key)] = true
-		p.witnesses = append(p.witnesses, Witness{f[1], c})
+		w := Witness{Name: f[1], Cosigner: c}
 		if err := url(3); err != nil {
 			return err
 		}
+		if len(f) > 3 {
+			w.URL = f[3]
+		}
+		p.witnesses = append(p.witnesses, w)
 		return add(&component{name: f[1], witness: len(p.witnesses) - 1, need: 1})
 	case f[0] == "group" && len(f) >= 4:
 		g := &component{name: f[1], witness: -1}
@@ -232,6 +243,19 @@ func (p *Policy) Witnesses() []Witness {
 		out[i] = p.witnesses[k]
 	}
 	return out
+}
+
+// AllWitnesses returns every cosigner that the policy names, also those that it
+// does not need.
+func (p *Policy) AllWitnesses() []Witness { return slices.Clone(p.witnesses) }
+
+// MetBy reports whether cosignatures by these keys, and no others, are enough.
+func (p *Policy) MetBy(keys ...ed25519.PublicKey) bool {
+	signed := map[int]bool{}
+	for i, w := range p.witnesses {
+		signed[i] = slices.ContainsFunc(keys, func(k ed25519.PublicKey) bool { return k.Equal(w.key) })
+	}
+	return p.quorum == nil || p.quorum.met(signed)
 }
 
 // Origins returns the names of the logs.
