@@ -81,10 +81,11 @@ func (p *Permissions) follower(d traffic.DistrictID) {
 
 // ValidatorPermissions returns what validator n may do: send messages to the
 // other validators in its own name, hear those to it, serve its blocks, cosign,
-// publish its own decisions, and read ACCEPTED by its own durable consumer.
+// publish its own decisions, hear what is sealed, and read ACCEPTED by its own
+// durable consumer.
 func ValidatorPermissions(d traffic.DistrictID, n uint64) Permissions {
 	p := user(ValidatorUser(n))
-	p.subscribe(BFTTo(d, n), Sync(d, n), Cosign(d, n))
+	p.subscribe(BFTTo(d, n), Sync(d, n), Cosign(d, n), Seal(d))
 	p.publish(sub(d, "bft", "*", num(n)), sub(d, "sync", "*"), Decision(d, n), Dead(d, ConsensusDurable(n)))
 	p.durable(AcceptedStream, ConsensusDurable(n), Accepted(d))
 	p.api("CONSUMER.DELETE." + AcceptedStream + "." + ConsensusDurable(n)) // when it is revoked
@@ -138,13 +139,14 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		p.publish(sub(d, "command", "*"), StatusAll(d), sub(d, "in", "command", "*"), sub(d, "in", "health", "*"))
 	case SealingUser:
 		p.follower(d)
-		p.publish(sub(d, "cosign", "*"), Seal(d))
+		p.publish(sub(d, "cosign", "*"), Seal(d), Seen(d, SealingUser))
 	case AuditUser:
 		p.follower(d)
-		p.subscribe(Seal(d))
+		p.subscribe(Seal(d), SeenAll(d))
+		p.publish(Alarm(d))
 	case GatewayUser:
 		p.follower(d)
-		p.subscribe(Seal(d), StatusAll(d))
+		p.subscribe(Seal(d), StatusAll(d), Alarm(d))
 		p.api("STREAM.NAMES")
 		p.reader(QuarantineStream)
 		p.acknowledge(QuarantineStream, "*")

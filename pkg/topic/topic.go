@@ -13,6 +13,10 @@
 //	cosign.<validator>        sealing → validator; request
 //	decision.<validator>      validator → DECISIONS
 //	seal                      sealing → SEALS
+//	seen.<source>             whoever has seen a checkpoint of the district's log →
+//	                          audit: the signed note; never stored
+//	alarm                     audit → anybody: a JSON object; told again while it
+//	                          stands, never stored
 //	command.<junction>        signal-control → roadside unit; never stored: an old
 //	                          command is worth nothing
 //	status.<junction>         roadside unit → STATUS
@@ -99,6 +103,16 @@ func DecisionAll(d traffic.DistrictID) string { return sub(d, "decision", "*") }
 
 // Seal announces sealed checkpoints.
 func Seal(d traffic.DistrictID) string { return sub(d, "seal") }
+
+// Seen is where a source tells which checkpoint of the district's log it has
+// seen, so that it can be compared with what others were shown.
+func Seen(d traffic.DistrictID, source string) string { return sub(d, "seen", Token(source)) }
+
+// SeenAll matches every [Seen].
+func SeenAll(d traffic.DistrictID) string { return sub(d, "seen", "*") }
+
+// Alarm carries what the auditor has found to be wrong with the log.
+func Alarm(d traffic.DistrictID) string { return sub(d, "alarm") }
 
 // Command carries signed commands to the roadside unit of a junction.
 func Command(d traffic.DistrictID, j traffic.JunctionID) string {
