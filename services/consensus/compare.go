@@ -34,6 +34,9 @@ func (v *Validator) compare(ctx context.Context) error {
 			if err := v.compareWith(ctx, peer); err != nil && ctx.Err() == nil {
 				v.log.Debug("chain not compared", "peer", peer, "err", err)
 			}
+			if err := v.seals.exchange(ctx, peer); err != nil && ctx.Err() == nil {
+				v.log.Debug("seals not compared", "peer", peer, "err", err)
+			}
 		}
 	}
 }

@@ -41,6 +41,7 @@ type core struct {
 	count        *counters
 	features     []string // that this build knows
 	succession   *succession
+	seals        func() [][]byte // signed checkpoints seen; nil: none
 
 	// mu guards the state and what is computed on it. Blocks are executed with it
 	// held: once each, as the next needs the result.

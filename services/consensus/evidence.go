@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -23,8 +24,9 @@ const (
 
 // evidenceLog keeps accusations as files of a folder, each as
 // [ledger.ParseAccusation] takes it, named by what it is about:
-// votes-<validator>-<height>-<view>-<phase>.json and blocks-<height>.json. There
-// is one about each.
+// votes-<validator>-<height>-<view>-<phase>.json, blocks-<height>.json and
+// checkpoints-<validator>-<size>.json, with the smaller size. There is one about
+// each.
 type evidenceLog struct {
 	dir string
 
@@ -82,6 +84,24 @@ func fileOf(a *ledger.Accusation) (name, against string, err error) {
 			return "", "", err
 		}
 		return fmt.Sprintf("blocks-%d.json", h.Height), "blocks-", nil
+	case ledger.AccusedCheckpoints:
+		var sizes [2]uint64
+		for i, c := range a.Checkpoints {
+			body, _, _ := strings.Cut(c.Note, "\n\n")
+			cp, err := ledger.ParseCheckpoint(body + "\n")
+			if err != nil {
+				return "", "", err
+			}
+			sizes[i] = cp.Size
+		}
+		_, line, _ := strings.Cut(a.Checkpoints[0].Note, "\n\n— ")
+		name, _, _ := strings.Cut(line, " ")
+		n, err := strconv.ParseUint(name[strings.LastIndexByte(name, '-')+1:], 10, 64)
+		if err != nil {
+			return "", "", fmt.Errorf("evidence: checkpoint signed first by %.80q, who is no validator", name)
+		}
+		against = fmt.Sprintf("checkpoints-%d-", n)
+		return fmt.Sprintf("%s%d.json", against, min(sizes[0], sizes[1])), against, nil
 	}
 	return "", "", fmt.Errorf("evidence of kind %q is not found here", a.Kind)
 }

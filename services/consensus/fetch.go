@@ -2,6 +2,7 @@ package consensus
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -52,6 +53,18 @@ func (v *Validator) serveBlocks(ctx context.Context) error {
 func (k *core) serve(ctx context.Context, req *pb.SyncRequest) (resp *pb.SyncResponse, err error) {
 	resp = &pb.SyncResponse{LastHeight: uint64(k.store.height())}
 	switch {
+	case req.Steps:
+		for _, step := range k.succession.whole() {
+			b, err := json.Marshal(step)
+			if err != nil {
+				return nil, err
+			}
+			resp.Steps = append(resp.Steps, b)
+		}
+	case req.Seals:
+		if k.seals != nil {
+			resp.Seals = k.seals()
+		}
 	case req.Offers:
 		resp.Offers = k.shelf.offers(k.keys.Load().vote)
 	case len(req.Snapshot) > 0:

@@ -71,6 +71,10 @@ func (s *store) height() ledger.Height { return ledger.Height(s.blocks.Next()) }
 // validator began with a snapshot.
 func (s *store) first() ledger.Height { return ledger.Height(s.blocks.First()) + 1 }
 
+// base returns the log at the place from which on all leaves are here, and the
+// height of the block after it.
+func (s *store) base() (*ledger.Frontier, ledger.Height) { return &ledger.Frontier{}, 1 }
+
 // append makes blocks, which follow each other, durable with their payloads.
 func (s *store) append(bs ...stored) error {
 	if len(bs) == 0 {

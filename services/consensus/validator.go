@@ -29,6 +29,7 @@ type Validator struct {
 	intake    *intake
 	publisher *publisher
 	evidence  *evidenceLog
+	seals     *sealBook
 	answers   chan metFrom
 	running   atomic.Bool
 	ctx       context.Context // of Run, for the engine's calls, which bring none
@@ -151,6 +152,8 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 		return err
 	}
 	v.height.Store(uint64(v.core.height()))
+	v.seals = newSealBook(v)
+	v.core.seals = v.seals.recent
 
 	v.intake = newIntake(v)
 	v.publisher = newPublisher(v)
@@ -190,6 +193,7 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 		run.Actor{Name: "publish", Run: v.publisher.run},
 		run.Actor{Name: "intake", Run: v.intake.run},
 		run.Actor{Name: "compare", Run: v.compare},
+		run.Actor{Name: "seals", Run: v.seals.run},
 		run.Actor{Name: "engine", Run: v.runEngine},
 	)
 	if cause := context.Cause(ctx); errors.Is(cause, errFailed) {
