@@ -31,7 +31,7 @@ check: ## format, vet, lint, module and generated-code checks
 	@for m in api pkg services; do (cd $$m && GOWORK=off go build ./...) || exit 1; done
 
 gen: ## regenerate api/ from the .proto files
-	cd api && GOWORK=off go tool -modfile=buf.mod buf lint && GOWORK=off go tool -modfile=buf.mod buf generate
+	cd api && ./third_party.sh && GOWORK=off go tool -modfile=buf.mod buf lint && GOWORK=off go tool -modfile=buf.mod buf generate
 
 bench: build ## run the benchmarks, the demo and the fixed controller; compare figures of one run only
 	go test -run '^$$' -bench . -benchtime 1s ./pkg/... ./services/...
