@@ -381,11 +381,11 @@ func TestALargeMessageIsDecidedInParts(t *testing.T) {
 	c.submit(whole)
 	accepted := 0
 	for _, p := range parts {
-		c.decided(p, c.all()...)
+		c.decided(p.raw, c.all()...)
 	}
 	blocks := c.check()
 	for _, p := range parts {
-		times, _, v := where(t, blocks, p)
+		times, _, v := where(t, blocks, p.raw)
 		if times != 1 {
 			t.Errorf("a part was decided %d times, want once", times)
 		}

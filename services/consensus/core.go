@@ -53,6 +53,10 @@ type core struct {
 	outcomes map[string]*outcome
 	// requests that were decoded, and mostly checked, before they were proposed.
 	requests map[ledger.Hash]*request
+	// ahead are requests that were proposed before they came by the stream, for as
+	// long as outcomes.
+	ahead map[ledger.Hash]*request
+	ids   requestIDs
 	// proposed is what we proposed last: never another in the same slot.
 	proposed struct {
 		at       slot
@@ -89,7 +93,7 @@ func openCore(c Config, cd codec, count *counters) (*core, error) {
 	k := &core{
 		self: c.Number, genesis: g, now: c.Now, log: c.Logger, codec: cd, genesisBytes: c.Genesis, count: count,
 		every: ledger.Height(c.SnapshotEvery), state: st,
-		verifier: newVerifier(), outcomes: map[string]*outcome{}, requests: map[ledger.Hash]*request{},
+		verifier: newVerifier(), outcomes: map[string]*outcome{}, requests: map[ledger.Hash]*request{}, ahead: map[ledger.Hash]*request{},
 		retention: c.Retention, features: c.Features,
 	}
 	if c.Features == nil {
@@ -118,6 +122,9 @@ func openCore(c Config, cd codec, count *counters) (*core, error) {
 		return nil, errors.Join(err, k.store.close())
 	}
 	if err := k.recover(); err != nil {
+		return nil, errors.Join(err, k.store.close())
+	}
+	if err := k.catchUpSuccession(); err != nil {
 		return nil, errors.Join(err, k.store.close())
 	}
 	if k.journal, err = openJournal(filepath.Join(c.Dir, "journal"), seglog.Options{SegmentBytes: 16 << 20}, cd.votes); err != nil {
@@ -239,14 +246,24 @@ func (k *core) height() ledger.Height {
 
 // prepare decodes a request and checks its signatures ahead of the block, so
 // that executing has less to do.
-func (k *core) prepare(raw []byte, v verifier) (*request, error) {
-	r, err := parseRequest(raw)
+func (k *core) prepare(raw []byte, b *pb.Batch, v verifier) (*request, error) {
+	r, err := newRequest(k.ids.of(raw), raw, b)
 	if err != nil {
 		return nil, err
 	}
 	k.mu.Lock()
 	reg := k.state.registry
+	known := k.state.decided.has(r.id)
+	if !known {
+		_, known = k.requests[r.id]
+	}
+	if a, ok := k.ahead[r.id]; ok && !known {
+		k.requests[r.id], known = a, true
+	}
 	k.mu.Unlock()
+	if known {
+		return r, nil
+	}
 	r.verify(v, reg)
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -265,7 +282,7 @@ func (k *core) isDecided(id ledger.Hash) bool {
 
 // request returns the decoded form of a request. It needs mu.
 func (k *core) request(raw []byte) (*request, error) {
-	if r, ok := k.requests[ledger.RequestID(raw)]; ok {
+	if r, ok := k.requests[k.ids.of(raw)]; ok {
 		return r, nil
 	}
 	return parseRequest(raw)
@@ -419,28 +436,25 @@ func (k *core) check(at slot, d ledger.Hash, p proposal) ([]ledger.Hash, error) 
 	} else if k.lagging++; k.lagging > laggingMost {
 		return nil, refuse(refusedTime, "time: %v is %v behind the clock, as in the %d proposals before", h.Time, behind, laggingMost)
 	}
-	o, err := k.execute(h, p)
+	batches, err := decodePayload(p.Payload)
+	if err != nil {
+		return nil, refuse(refusedForm, "%w", err)
+	}
+	o, err := k.execute(h, p.Header, batches)
 	if err != nil {
 		return nil, err
 	}
 	return o.ids, nil
 }
 
-// execute returns the outcome of a proposal on the current state, computing it
-// if that was not done before. It needs mu.
-func (k *core) execute(h ledger.Header, p proposal) (*outcome, error) {
-	batches, err := decodePayload(p.Payload)
-	if err != nil {
-		return nil, refuse(refusedForm, "%w", err)
-	}
-	ids := make([]ledger.Hash, len(batches))
-	for i, b := range batches {
-		ids[i] = ledger.RequestID(b)
-	}
+// execute returns the outcome of a proposal's batches on the current state,
+// computing it if that was not done before. header is h encoded. It needs mu.
+func (k *core) execute(h ledger.Header, header []byte, batches [][]byte) (*outcome, error) {
+	ids := k.idsOf(batches)
 	if ledger.RequestsDigest(ids) != h.Requests {
 		return nil, refuse(refusedHeader, "requests: the payload is another")
 	}
-	if o, ok := k.outcomes[string(p.Header)]; ok {
+	if o, ok := k.outcomes[string(header)]; ok {
 		return o, nil // the header commits to the payload
 	}
 	rs := make([]*request, len(batches))
@@ -453,6 +467,10 @@ func (k *core) execute(h ledger.Header, p proposal) (*outcome, error) {
 		seen[ids[i]] = true
 		r, ok := k.requests[ids[i]]
 		if !ok {
+			r, ok = k.ahead[ids[i]]
+		}
+		if !ok {
+			var err error
 			if r, err = parseRequest(b); err != nil {
 				return nil, refuse(refusedRequest, "batches[%d]: %w", i, err)
 			}
@@ -469,8 +487,14 @@ func (k *core) execute(h ledger.Header, p proposal) (*outcome, error) {
 	}
 	if len(k.outcomes) >= 8 { // more than there are validators to propose honestly
 		clear(k.outcomes)
+		clear(k.ahead)
 	}
-	k.outcomes[string(p.Header)] = o
+	for _, r := range rs {
+		if _, ok := k.requests[r.id]; !ok {
+			k.ahead[r.id] = r
+		}
+	}
+	k.outcomes[string(header)] = o
 	return o, nil
 }
 
@@ -509,7 +533,11 @@ func (k *core) signVote(at slot, d ledger.Hash, p proposal) ([]byte, error) {
 	if h.Parent != k.state.hash() || h.Height != at.Height {
 		return nil, fmt.Errorf("asked to vote for block %d on another parent", h.Height)
 	}
-	if _, err := k.execute(h, p); err != nil {
+	batches, err := decodePayload(p.Payload)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := k.execute(h, p.Header, batches); err != nil {
 		return nil, err
 	}
 	return ed25519.Sign(k.keys.Load().vote, ledger.VoteInput(h.Hash(), p.Metadata)), nil
@@ -543,9 +571,13 @@ func (k *core) requestsOf(p proposal) []ledger.Hash {
 	if err != nil {
 		return []ledger.Hash{{}}
 	}
+	return k.idsOf(batches)
+}
+
+func (k *core) idsOf(batches [][]byte) []ledger.Hash {
 	ids := make([]ledger.Hash, len(batches))
 	for i, b := range batches {
-		ids[i] = ledger.RequestID(b)
+		ids[i] = k.ids.of(b)
 	}
 	return ids
 }
@@ -665,7 +697,7 @@ func (k *core) executeBlock(m *pb.Block) (*appliedBlock, error) {
 	if err := k.knows(); err != nil {
 		return nil, fatalError{err} // never a guess at a state
 	}
-	o, err := k.execute(h, proposal{Header: m.Header, Payload: encodePayload(m.Batches), Metadata: m.Metadata})
+	o, err := k.execute(h, m.Header, m.Batches)
 	if err != nil {
 		return nil, fmt.Errorf("block %d: %w", h.Height, err)
 	}
@@ -673,8 +705,13 @@ func (k *core) executeBlock(m *pb.Block) (*appliedBlock, error) {
 	for _, v := range m.Votes {
 		block.Votes = append(block.Votes, ledger.Vote{Validator: v.Validator, Signature: v.Signature})
 	}
-	if err := block.Check(k.state.genesis, k.state.last, k.state.tree.Clone(), k.set().validators); err != nil {
-		return nil, err
+	// Of what [ledger.Block.Check] asks for, all that is not about time and votes is
+	// in the header that executing on this state gave, and that is this one.
+	if k.state.last != nil && !h.Time.After(k.state.last.Time) {
+		return nil, fmt.Errorf("block %d: time: not later than its parent's", h.Height)
+	}
+	if err := ledger.CheckVotes(h.Hash(), m.Metadata, block.Votes, k.set().validators); err != nil {
+		return nil, fmt.Errorf("block %d: %w", h.Height, err)
 	}
 	if len(m.Leaves) > 0 && string(m.Leaves) != string(ledger.MarshalLeaves(o.leaves)) {
 		return nil, fmt.Errorf("block %d: leaves: do not follow from the records", h.Height)
@@ -691,6 +728,7 @@ func (k *core) executeBlock(m *pb.Block) (*appliedBlock, error) {
 		k.foresee()
 	}
 	clear(k.outcomes)
+	clear(k.ahead)
 	for _, id := range o.ids {
 		delete(k.requests, id)
 	}

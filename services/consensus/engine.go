@@ -44,6 +44,8 @@ type host interface {
 	catchUp() decision
 	// decidedRequest reports whether a request was decided.
 	decidedRequest(raw []byte) bool
+	// requestID is [ledger.RequestID], for bytes that are not changed any more.
+	requestID(raw []byte) ledger.Hash
 	// over reports that the members have changed: the engine is about to be
 	// stopped, nothing of it counts any more, and it should begin nothing.
 	over() bool

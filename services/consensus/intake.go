@@ -203,13 +203,14 @@ func (in *intake) handle(ctx context.Context, m *bus.Msg) {
 
 // take submits the requests of one message.
 func (in *intake) take(ctx context.Context, m *bus.Msg) error {
-	raws, err := split(m.Data)
+	requests, err := split(m.Data)
 	if err != nil {
 		return err
 	}
-	p := &parts{msg: m, left: len(raws)}
-	for _, raw := range raws {
-		r, err := in.v.core.prepare(raw, in.verifier)
+	p := &parts{msg: m, left: len(requests)}
+	for _, q := range requests {
+		raw := q.raw
+		r, err := in.v.core.prepare(raw, q.batch, in.verifier)
 		if err != nil {
 			return kind.Errorf(kind.Invalid, "consensus: %w", err)
 		}
@@ -367,9 +368,15 @@ func (in *intake) messages() []*bus.Msg {
 	return out
 }
 
+// piece is a request with what its bytes say.
+type piece struct {
+	raw   []byte
+	batch *pb.Batch
+}
+
 // split cuts a message of ACCEPTED into requests: itself, where it is not too
 // large, else batches of its records in their order. Every validator cuts alike.
-func split(data []byte) ([][]byte, error) {
+func split(data []byte) ([]piece, error) {
 	b, err := wire.DecodeBatch(data)
 	if err != nil {
 		return nil, err
@@ -378,14 +385,14 @@ func split(data []byte) ([][]byte, error) {
 		return nil, kind.Errorf(kind.Invalid, "batch: records: must not be empty")
 	}
 	if len(data) <= MaxRequest && len(b.Records) <= MaxRequestRecords {
-		return [][]byte{data}, nil
+		return []piece{{data, b}}, nil
 	}
 	const overhead = 256 // of a record's and a batch's framing, generously
-	var out [][]byte
+	var out []piece
 	part := &pb.Batch{IngressFirst: b.IngressFirst, IngressLast: b.IngressLast}
 	size := overhead
 	flush := func() {
-		out = append(out, wire.EncodeBatch(part))
+		out = append(out, piece{wire.EncodeBatch(part), part})
 		part = &pb.Batch{IngressFirst: b.IngressFirst, IngressLast: b.IngressLast}
 		size = overhead
 	}

@@ -281,10 +281,11 @@ func (j *journal) save(entry []byte, truncate bool, votes []vote) error {
 		}
 	}
 	if !truncate {
-		if _, err := j.log.Append(append([]byte{recEntry}, entry...)); err != nil {
+		rec := append(append(make([]byte, 0, 1+len(entry)), recEntry), entry...)
+		if _, err := j.log.Append(rec); err != nil {
 			return err
 		}
-		j.entries = append(j.entries, slices.Clone(entry))
+		j.entries = append(j.entries, rec[1:])
 		durable()
 		return nil
 	}
@@ -299,11 +300,12 @@ func (j *journal) save(entry []byte, truncate bool, votes []vote) error {
 	if err != nil {
 		return err
 	}
-	first, err := j.log.Append(append([]byte{recTruncate}, entry...), mem)
+	rec := append(append(make([]byte, 0, 1+len(entry)), recTruncate), entry...)
+	first, err := j.log.Append(rec, mem)
 	if err != nil {
 		return err
 	}
-	j.entries = [][]byte{slices.Clone(entry)}
+	j.entries = [][]byte{rec[1:]}
 	durable()
 	return j.log.DropBefore(first)
 }

@@ -58,6 +58,11 @@ type smart struct {
 	out   *protos.Message
 	outM  message
 
+	// digested is the last proposal that was hashed here.
+	digestMu sync.Mutex
+	digested types.Proposal
+	digest   ledger.Hash
+
 	// seen holds, for each peer, the next view of its last view data and new view
 	// that was let through.
 	seenMu       sync.Mutex
@@ -459,6 +464,10 @@ func (smartCodec) votes(entry []byte) ([]vote, error) {
 	if err := proto.Unmarshal(entry, m); err != nil {
 		return nil, err
 	}
+	return votesOf(m)
+}
+
+func votesOf(m *protos.SavedMessage) ([]vote, error) {
 	switch {
 	case m.GetProposedRecord() != nil:
 		p := m.GetProposedRecord().GetPrepare()
@@ -486,13 +495,11 @@ func (smartCodec) position(metadata []byte) (slot, error) {
 	return slot{View: md.ViewId, Height: ledger.Height(md.LatestSequence)}, nil
 }
 
-// changesView reports whether an entry says that the view is given up.
-func changesView(entry []byte) bool {
-	m := &protos.SavedMessage{}
-	return proto.Unmarshal(entry, m) == nil && m.GetViewChange() != nil
-}
+// voteOf reads what a message votes for.
+func voteOf(m *protos.Message) (vote, error) { return readVote(m, digestOf) }
 
-func voteOf(m *protos.Message) (vote, error) {
+// readVote is voteOf with a function that hashes a proposal.
+func readVote(m *protos.Message, of func(types.Proposal) (ledger.Hash, error)) (vote, error) {
 	var v vote
 	var err error
 	switch c := m.GetContent().(type) {
@@ -502,7 +509,7 @@ func voteOf(m *protos.Message) (vote, error) {
 			return v, errors.New("pre_prepare: no proposal")
 		}
 		v.slot = slot{p.View, ledger.Height(p.Seq), phasePropose}
-		v.Digest, err = digest(fromProto(p.Proposal).Digest())
+		v.Digest, err = of(fromProto(p.Proposal))
 	case *protos.Message_Prepare:
 		v.slot = slot{c.Prepare.GetView(), ledger.Height(c.Prepare.GetSeq()), phasePrepare}
 		v.Digest, err = digest(c.Prepare.GetDigest())
@@ -521,6 +528,26 @@ func digest(s string) (ledger.Hash, error) {
 		return ledger.Hash{}, fmt.Errorf("digest: %d digits, must be 64 hex digits", len(s))
 	}
 	return ledger.Hash(b), nil
+}
+
+func digestOf(p types.Proposal) (ledger.Hash, error) { return digest(p.Digest()) }
+
+// digestOf is the package's, for a proposal that the engine holds: a megabyte
+// that it shows at each step.
+func (s *smart) digestOf(p types.Proposal) (ledger.Hash, error) {
+	s.digestMu.Lock()
+	defer s.digestMu.Unlock()
+	same := len(p.Payload) > 0 && len(p.Payload) == len(s.digested.Payload) && &p.Payload[0] == &s.digested.Payload[0] &&
+		bytes.Equal(p.Header, s.digested.Header) && bytes.Equal(p.Metadata, s.digested.Metadata) &&
+		p.VerificationSequence == s.digested.VerificationSequence
+	if same {
+		return s.digest, nil
+	}
+	d, err := digestOf(p)
+	if err == nil {
+		s.digested, s.digest = p, d
+	}
+	return d, err
 }
 
 func fromProto(p *protos.Proposal) types.Proposal {
@@ -573,7 +600,7 @@ func (s *smart) VerifyProposal(p types.Proposal) ([]types.RequestInfo, error) {
 	if err := checkMetadata(p.Metadata); err != nil {
 		return nil, err
 	}
-	d, err := digest(p.Digest())
+	d, err := s.digestOf(p)
 	if err != nil {
 		return nil, err
 	}
@@ -610,7 +637,7 @@ func infos(ids []ledger.Hash) []types.RequestInfo {
 
 // RequestID implements the engine's RequestInspector.
 func (s *smart) RequestID(raw []byte) types.RequestInfo {
-	return infos([]ledger.Hash{ledger.RequestID(raw)})[0]
+	return infos([]ledger.Hash{s.host.requestID(raw)})[0]
 }
 
 // RequestsFromProposal implements the engine's Verifier.
@@ -663,7 +690,7 @@ func (s *smart) Sign(b []byte) []byte { return s.host.signView(b) }
 func (s *smart) SignProposal(p types.Proposal, _ []byte) *types.Signature {
 	at := s.position(p.Metadata)
 	at.Phase = phaseCommit
-	d, err := digest(p.Digest())
+	d, err := s.digestOf(p)
 	if err != nil {
 		s.host.fail(err)
 		runtime.Goexit()
@@ -708,10 +735,14 @@ func (s *smart) MembershipChange() bool { return false }
 
 // Append implements the engine's WriteAheadLog.
 func (s *smart) Append(entry []byte, truncate bool) error {
-	if s.started.Load() && changesView(entry) {
+	m := &protos.SavedMessage{}
+	if err := proto.Unmarshal(entry, m); err != nil {
+		return err
+	}
+	if s.started.Load() && m.GetViewChange() != nil { // the view is given up
 		s.forgetHopeless()
 	}
-	votes, err := smartCodec{}.votes(entry)
+	votes, err := votesOf(m)
 	if err != nil {
 		return err
 	}
@@ -731,7 +762,7 @@ func (s *smart) SendConsensus(to uint64, m *protos.Message) {
 			s.host.fail(fmt.Errorf("encoding a message: %w", err))
 			return
 		}
-		v, err := voteOf(m)
+		v, err := readVote(m, s.digestOf)
 		if err != nil {
 			s.host.fail(fmt.Errorf("reading our own message: %w", err))
 			return

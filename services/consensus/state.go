@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/validate"
@@ -34,10 +35,18 @@ func parseRequest(raw []byte) (*request, error) {
 	if err != nil {
 		return nil, fmt.Errorf("request: %w", err)
 	}
+	return newRequest(ledger.RequestID(raw), raw, batch)
+}
+
+// newRequest is parseRequest where raw was hashed and decoded before.
+func newRequest(id ledger.Hash, raw []byte, batch *pb.Batch) (*request, error) {
+	if len(raw) > MaxRequest {
+		return nil, fmt.Errorf("request: %d bytes, at most %d", len(raw), MaxRequest)
+	}
 	if n := len(batch.Records); n == 0 || n > MaxRequestRecords {
 		return nil, fmt.Errorf("request: %d records, must be 1 to %d", n, MaxRequestRecords)
 	}
-	return &request{id: ledger.RequestID(raw), raw: raw, candidates: wire.Candidates(batch)}, nil
+	return &request{id: id, raw: raw, candidates: wire.Candidates(batch)}, nil
 }
 
 // verifier fills SignatureValid of candidates. Not safe for concurrent use.
