@@ -328,6 +328,9 @@ func (r *Registry) approved(height uint64, signer KeyID, sender Holder, c Change
 		from, _ := r.FeatureFrom(FeatureBaseRequired)
 		return nil, kind.Errorf(kind.Invalid, "base: must be given: feature %s is in force from block %d on", FeatureBaseRequired, from)
 	}
+	if c.Type == TypeRedaction && need.Departments < 2 {
+		return nil, kind.Errorf(kind.Denied, "type: a redaction needs at least two departments, and the registry's governance asks for %v", need)
+	}
 	if n := len(c.Approvals); n > MaxApprovals {
 		return nil, kind.Errorf(kind.Invalid, "approvals: %d, at most %d", n, MaxApprovals)
 	}

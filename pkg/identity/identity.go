@@ -75,12 +75,14 @@ const (
 	KindRedaction RecordKind = "redaction"
 	KindAnchor    RecordKind = "anchor"
 	KindHealth    RecordKind = "health"
+	// KindDeletion is a holder's receipt for what it has let go of: pkg/retention.
+	KindDeletion RecordKind = "deletion"
 )
 
 // Valid reports whether k is one of the kinds above.
 func (k RecordKind) Valid() bool {
 	switch k {
-	case KindFrame, KindImport, KindRequest, KindCommand, KindOverride, KindRegistry, KindAccess, KindRedaction, KindAnchor, KindHealth:
+	case KindFrame, KindImport, KindRequest, KindCommand, KindOverride, KindRegistry, KindAccess, KindRedaction, KindAnchor, KindHealth, KindDeletion:
 		return true
 	}
 	return false

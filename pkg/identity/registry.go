@@ -40,6 +40,11 @@ const (
 	// TypeFeature is a rule of the state machine that begins at a height: see
 	// [Feature].
 	TypeFeature EntryType = "feature"
+	// TypeRetention has one entry, [RetentionID]. Holds keep records for a case,
+	// redactions are the tombstones of records.
+	TypeRetention EntryType = "retention"
+	TypeHold      EntryType = "hold"
+	TypeRedaction EntryType = "redaction"
 )
 
 // A plan has no type: it is part of its junction's definition, which is checked
@@ -48,7 +53,7 @@ const (
 // known reports whether t is one of the types above.
 func known(t EntryType) bool {
 	switch t {
-	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance, TypeFeature:
+	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance, TypeFeature, TypeRetention, TypeHold, TypeRedaction:
 		return true
 	}
 	return false
@@ -277,6 +282,8 @@ type Registry struct {
 	membersSince uint64
 	governance   *Governance       // nil without an entry
 	features     map[string]uint64 // name to first height
+	retention    *Retention        // nil without an entry
+	holds        map[string]*Hold  // those in force; never changed in place
 	nonces       map[nonceKey]bool
 	tree         *merkle.Tree // nil until asked for after a change
 	loading      bool         // a snapshot, whose entries were checked when they were filed
@@ -447,7 +454,7 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to %d bytes without control characters", id, MaxID)
 	}
 	old, exists := r.entries[entryKey(t, id)]
-	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator || t == TypeFeature
+	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator || t == TypeFeature || t == TypeRetention
 	if exists && (old.Status == Revoked || !replace) {
 		return kind.Errorf(kind.Conflict, "id: %s %q was used before; ids are never used again", t, id)
 	}
@@ -479,7 +486,7 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 			return err
 		}
 		for i, k := range s.Signs {
-			if !k.Valid() || k == KindFrame || k == KindRegistry {
+			if !k.Valid() || k == KindFrame || k.ChangesRegistry() {
 				return kind.Errorf(kind.Invalid, "body.signs[%d]: a service may not sign %.20q", i, string(k))
 			}
 		}
@@ -494,7 +501,7 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		}
 		key, kinds = o.Key, []RecordKind{KindRequest}
 		if len(o.Roles) > 0 {
-			kinds = append(kinds, KindRegistry)
+			kinds = append(kinds, KindRegistry, KindRedaction)
 		}
 	case TypeValidator:
 		_, keys, set, err := r.putValidator(height, id, body)
@@ -560,6 +567,12 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 			}
 		}
 		done = func() { r.governance = g }
+	case TypeRetention, TypeHold, TypeRedaction:
+		set, err := r.putKept(height, t, id, body)
+		if err != nil {
+			return err
+		}
+		done = set
 	case TypeFeature:
 		set, err := r.putFeature(height, id, body)
 		if err != nil {
@@ -588,6 +601,11 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		}
 	}
 	for _, k := range fresh {
+		if k.field == "body.vote_key" {
+			kinds = []RecordKind{KindDeletion} // a validator keeps payloads too
+		} else if t == TypeValidator {
+			kinds = nil
+		}
 		r.holders[IDOf(ed25519.PublicKey(k.key))] = Holder{Type: t, ID: id, Status: k.status, Key: ed25519.PublicKey(k.key), Kinds: kinds}
 	}
 	if done != nil {
@@ -620,7 +638,7 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 	if e.Status == Revoked {
 		return kind.Errorf(kind.Conflict, "id: %s %q is revoked already", t, id)
 	}
-	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator && t != TypeFeature {
+	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator && t != TypeFeature && t != TypeHold {
 		return kind.Errorf(kind.Invalid, "type: a %.20s cannot be revoked", string(t))
 	}
 	if t == TypeValidator {
@@ -632,6 +650,10 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 			return err // unreachable: the entry was filed under its number
 		}
 		delete(r.validators, n)
+	}
+	if t == TypeHold {
+		r.holds = maps.Clone(r.holds) // shared with clones
+		delete(r.holds, id)
 	}
 	if t == TypeFeature {
 		if err := r.pending(height, id); err != nil && !r.loading {
