@@ -4,10 +4,10 @@ SHELL := /bin/bash
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: help build demo test race kills check gen bench fuzz clean
+.PHONY: help build demo test race interlock kills check gen bench fuzz clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 build: ## build bin/stopline
 	CGO_ENABLED=0 go build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/stopline ./services/cmd/stopline
@@ -20,6 +20,9 @@ test: ## run all tests
 
 race: ## run all tests with the race detector
 	go test -race -timeout 20m ./api/... ./pkg/... ./services/...
+
+interlock: ## 100,000,000 hostile steps against the interlock's two judges, and the seeded faults
+	STOPLINE_INTERLOCK_STEPS=$${STOPLINE_INTERLOCK_STEPS:-100000000} go test -count 1 -timeout 10m -v -run 'TestModel|TestSeededFaults|UnderLoad' ./pkg/interlock
 
 kills: ## kill -9 validators 200 times under load; STOPLINE_SEED repeats a run
 	STOPLINE_REQUIRE_TIMES=1 STOPLINE_KILLS=$${STOPLINE_KILLS:-200} go test -count 1 -timeout 20m -v -run 'TestValidatorsSurviveKills' ./services/cmd/stopline

@@ -23,6 +23,9 @@ func (s *stopwatch) step(now time.Time, f fault) int64 {
 	for _, d := range s.steps {
 		ordinary = max(ordinary, d)
 	}
+	if f == faultShortMemory {
+		ordinary = s.steps[(s.at+window-1)%window]
+	}
 	s.steps[s.at] = bounded
 	s.at = (s.at + 1) % window
 	counted := min(bounded, ordinary)

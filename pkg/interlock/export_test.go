@@ -15,6 +15,16 @@ func Broken(j *traffic.Junction, now time.Time, f int) *Monitor { return build(j
 // FaultName names a fault for a test's output.
 func FaultName(f int) string { return faultNames[fault(f)] }
 
+// Unseen reports whether a fault shows nothing unsafe, so that only the model
+// can notice it: something lawful is refused, or a trip comes at a wrong time.
+func Unseen(f int) bool { return unseen[fault(f)] }
+
+var unseen = map[fault]bool{
+	faultMaxRedBlind:    true, // a long red endangers nobody
+	faultHoldsClearance: true, // nor does a long yellow
+	faultShortMemory:    true, // of the clock: only makes times longer
+}
+
 var faultNames = map[fault]string{
 	faultNoConflicts:      "no conflicts",
 	faultOneWayConflicts:  "one way conflicts",
@@ -50,4 +60,9 @@ var faultNames = map[fault]string{
 	faultSlowTrip:         "slow trip",
 	faultNeverTrips:       "never trips",
 	faultNamelessReset:    "nameless reset",
+	faultGlitchesAdd:      "glitches add up",
+	faultMaxRedBlind:      "maximum red blind",
+	faultHoldsClearance:   "holds clearance",
+	faultResetTrusts:      "reset trusts the reds",
+	faultShortMemory:      "short memory of steps",
 }

@@ -40,6 +40,11 @@ const (
 	faultSlowTrip
 	faultNeverTrips
 	faultNamelessReset
+	faultGlitchesAdd
+	faultMaxRedBlind
+	faultHoldsClearance
+	faultResetTrusts
+	faultShortMemory
 	faults // how many
 )
 

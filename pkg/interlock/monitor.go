@@ -73,6 +73,9 @@ type track struct {
 	refused  int64   // how long states have been refused without a break
 	refusing bool
 	known    bool
+	outside  bool // seen now and then, and not made here
+	// text is show as a state; "" where that has changed.
+	text traffic.State
 }
 
 // Monitor watches one junction. It has one owner; it does not lock.
@@ -86,7 +89,11 @@ type Monitor struct {
 	trip     *Trip
 	counts   Counts
 	maxRed   bool
-	fault    fault // only tests set it: one check left out
+	found    problem                  // the newest, see wrong
+	letters  []byte                   // scratch for a state
+	before   []traffic.Aspect         // scratch for what was seen
+	states   map[string]traffic.State // shown before, so that showing one again allocates nothing
+	fault    fault                    // only tests set it: one check left out
 }
 
 // New returns a monitor that shows all red and takes it that every group was
@@ -100,7 +107,8 @@ func New(j *traffic.Junction, now time.Time) (*Monitor, error) {
 
 func build(j *traffic.Junction, now time.Time, f fault) *Monitor {
 	n := len(j.Groups)
-	m := &Monitor{j: j, groups: make([]group, n), flashing: traffic.AllOf(traffic.FlashRed, n), fault: f, counts: Counts{Refused: map[string]uint64{}}}
+	m := &Monitor{j: j, groups: make([]group, n), flashing: traffic.AllOf(traffic.FlashRed, n), fault: f, counts: Counts{Refused: map[string]uint64{}},
+		letters: make([]byte, n), before: make([]traffic.Aspect, n), states: map[string]traffic.State{}}
 	orElse := func(own, common int64) int64 {
 		if own > 0 {
 			return own
@@ -158,7 +166,7 @@ func build(j *traffic.Junction, now time.Time, f fault) *Monitor {
 		}
 	}
 	m.out, m.seen = m.allRed(now), m.allRed(now)
-	m.out.known = true
+	m.out.known, m.seen.outside = true, true
 	return m
 }
 
@@ -206,7 +214,7 @@ func (m *Monitor) Counts() Counts {
 }
 
 // Shown returns the state that Filter showed last.
-func (m *Monitor) Shown() traffic.State { return m.out.state() }
+func (m *Monitor) Shown() traffic.State { return m.state(&m.out) }
 
 // Tripped returns why the monitor has latched, nil while it has not.
 func (m *Monitor) Tripped() *Trip {
@@ -263,7 +271,7 @@ func (m *Monitor) Resume(now time.Time, observed traffic.State) error {
 	}
 	t := m.allRed(now)
 	if p := m.adopt(&t, observed); p != nil {
-		return kind.Errorf(kind.Invalid, "resume from %q: %s: %s", observed, p.rule, p.detail)
+		return kind.Errorf(kind.Invalid, "resume from %q: %s: %s", observed, p.rule, m.detail(p))
 	}
 	t.known = true
 	m.out = t
@@ -284,12 +292,12 @@ func (m *Monitor) adopt(t *track, observed traffic.State) *problem {
 		for _, w := range m.groups[i].meets {
 			b := observed.At(w.with)
 			if letIn(a) && letIn(b) && !w.allowed(a, b) {
-				return meet(w, i, a, b)
+				return m.meet(w, i, a, b)
 			}
 		}
 	}
 	for i := range m.groups {
-		t.show[i], t.age[i] = observed.At(i), 0
+		t.show[i], t.age[i], t.text = observed.At(i), 0, ""
 		if !flash {
 			t.starting[i] = 0
 		}
@@ -307,12 +315,15 @@ func (m *Monitor) Reset(now time.Time, by string) error {
 		return kind.Errorf(kind.Invalid, "reset of junction %s: needs the name of the person who resets", m.j.ID)
 	case m.trip == nil:
 		return kind.Errorf(kind.Conflict, "reset of junction %s: the interlock has not tripped", m.j.ID)
-	case m.filters && m.out.state() != m.flashing:
+	case m.filters && m.state(&m.out) != m.flashing:
 		return kind.Errorf(kind.Conflict, "reset of junction %s: still on its way to flashing", m.j.ID)
 	}
 	m.trip = nil
 	m.out, m.seen = m.allRed(now), m.allRed(now)
-	m.out.known = true
+	m.out.known, m.seen.outside = true, true
+	if m.is(faultResetTrusts) {
+		clear(m.out.starting)
+	}
 	return nil
 }
 
@@ -327,13 +338,22 @@ func (m *Monitor) Filter(now time.Time, want traffic.State) (show traffic.State,
 	dt := t.tick(now, m.fault)
 	if m.trip != nil && !(m.is(faultUnlatch) && m.judge(t, want) == nil) {
 		m.flash(t)
-		return t.state(), nil
+		return m.state(t), nil
+	}
+	// Before anything new is shown: a green that came with the trip would turn
+	// yellow without having been seen.
+	if trip = m.watchRed(t, dt, now); trip != nil {
+		m.flash(t)
+		return m.state(t), trip
 	}
 	if m.wantsFlash(want) {
 		t.refusing, t.refused = false, 0
 		m.flash(t)
 	} else if p := m.judge(t, want); p == nil {
-		t.refusing, t.refused = false, 0
+		t.refusing = false
+		if !m.is(faultGlitchesAdd) {
+			t.refused = 0
+		}
 		m.take(t, want)
 	} else {
 		trip = m.refuse(t, p, dt, now)
@@ -346,11 +366,7 @@ func (m *Monitor) Filter(now time.Time, want traffic.State) (show traffic.State,
 			m.hold(t, want)
 		}
 	}
-	if late := m.watchRed(t, dt, now); trip == nil && late != nil {
-		trip = late
-		m.flash(t)
-	}
-	return t.state(), trip
+	return m.state(t), trip
 }
 
 // Supervise judges what a controller that drives its own lamps was seen to
@@ -364,6 +380,9 @@ func (m *Monitor) Supervise(now time.Time, observed traffic.State) *Trip {
 	dt := t.tick(now, m.fault)
 	if m.trip != nil {
 		return nil
+	}
+	if trip := m.watchRed(t, dt, now); trip != nil {
+		return trip
 	}
 	if !t.known {
 		p := m.adopt(t, observed)
@@ -380,21 +399,35 @@ func (m *Monitor) Supervise(now time.Time, observed traffic.State) *Trip {
 		t.refusing, t.refused = false, 0
 		return nil
 	}
+	m.unseenRed(t, observed, dt)
 	if p := m.judge(t, observed); p != nil {
-		if trip := m.refuse(t, p, dt, now); trip != nil {
-			return trip
-		}
-		return m.watchRed(t, dt, now)
+		return m.refuse(t, p, dt, now)
 	}
 	t.refusing, t.refused = false, 0
-	before := append([]traffic.Aspect(nil), t.show...)
+	before := m.before
+	copy(before, t.show)
 	m.take(t, observed)
 	for i, a := range t.show {
 		if a != before[i] && !(a.Go() && before[i].Go()) {
 			t.slack[i] = dt
 		}
 	}
-	return m.watchRed(t, dt, now)
+	return nil
+}
+
+// unseenRed takes it that a group whose clearance is over, and that is let in
+// again, was red for a moment between two looks.
+func (m *Monitor) unseenRed(t *track, observed traffic.State, dt int64) {
+	if len(observed) != len(t.show) {
+		return
+	}
+	for i, a := range t.show {
+		if (a == traffic.Yellow || a == traffic.PedClear) && letIn(observed.At(i)) &&
+			t.age[i]+t.slack[i] >= m.clear(i) {
+			m.set(t, i, traffic.Red)
+			t.slack[i] = dt
+		}
+	}
 }
 
 // wantsFlash reports whether all groups are to flash.
@@ -419,7 +452,7 @@ func (m *Monitor) refuse(t *track, p *problem, dt int64, now time.Time) *Trip {
 	if t.refused <= limit || m.is(faultNeverTrips) {
 		return nil
 	}
-	return m.latch(now, p.rule, p.groups, fmt.Sprintf("%s, for %d ms", p.detail, t.refused))
+	return m.latch(now, p.rule, p.groups(), fmt.Sprintf("%s, for %d ms", m.detail(p), t.refused))
 }
 
 func (m *Monitor) latch(now time.Time, rule string, groups []int, detail string) *Trip {
@@ -428,8 +461,12 @@ func (m *Monitor) latch(now time.Time, rule string, groups []int, detail string)
 	return m.Tripped()
 }
 
-// watchRed counts how long groups are red while others have green.
+// watchRed counts for how long groups have been red while others had green, up
+// to now.
 func (m *Monitor) watchRed(t *track, dt int64, now time.Time) (trip *Trip) {
+	if !t.known {
+		return nil
+	}
 	for i := range t.show {
 		others := false
 		for k, a := range t.show {
@@ -442,7 +479,7 @@ func (m *Monitor) watchRed(t *track, dt int64, now time.Time) (trip *Trip) {
 		if others {
 			t.red[i] += dt
 		}
-		if most := m.groups[i].maxRed; most > 0 && t.red[i] > most && !t.overdue[i] {
+		if most := m.groups[i].maxRed; most > 0 && t.red[i] > most && !t.overdue[i] && !m.is(faultMaxRedBlind) {
 			t.overdue[i] = true
 			m.counts.MaxRed++
 			if m.maxRed && m.trip == nil {
@@ -467,7 +504,7 @@ func (m *Monitor) take(t *track, want traffic.State) {
 // hold shows what was shown, with clearances that are over gone to red.
 func (m *Monitor) hold(t *track, want traffic.State) {
 	for i, a := range t.show {
-		if (a == traffic.Yellow || a == traffic.PedClear) && want.At(i) != a && t.age[i] >= m.clear(i) {
+		if (a == traffic.Yellow || a == traffic.PedClear) && want.At(i) != a && t.age[i] >= m.clear(i) && !m.is(faultHoldsClearance) {
 			m.set(t, i, traffic.Red)
 		}
 	}
@@ -509,7 +546,7 @@ func (m *Monitor) set(t *track, i int, a traffic.Aspect) {
 	if was == a {
 		return
 	}
-	t.show[i] = a
+	t.show[i], t.text = a, ""
 	if was.Go() && a.Go() {
 		return // one green, protected or not
 	}
@@ -525,12 +562,28 @@ func (m *Monitor) set(t *track, i int, a traffic.Aspect) {
 	}
 }
 
-func (t *track) state() traffic.State {
-	b := make([]byte, len(t.show))
-	for i, a := range t.show {
-		b[i] = byte(a)
+// mostStates bounds the states that are kept. A junction in order shows a few
+// dozen.
+const mostStates = 1024
+
+// state returns what t shows.
+func (m *Monitor) state(t *track) traffic.State {
+	if t.text != "" || len(t.show) == 0 {
+		return t.text
 	}
-	return traffic.State(b)
+	for i, a := range t.show {
+		m.letters[i] = byte(a)
+	}
+	s, ok := m.states[string(m.letters)]
+	if !ok {
+		if len(m.states) >= mostStates {
+			clear(m.states)
+		}
+		s = traffic.State(m.letters)
+		m.states[string(s)] = s
+	}
+	t.text = s
+	return s
 }
 
 // tick moves the track's clock on and returns what counts of the step, in

@@ -246,7 +246,7 @@ func TestMaxRed(t *testing.T) {
 	for _, trips := range []bool{false, true} {
 		b := newBench(t, "cross", time.Second)
 		b.m.TripOnMaxRed(trips)
-		b.want("rr", 6*time.Second, "rr").want("Gr", 60*time.Second, "Gr").tripped("")
+		b.want("rr", 6*time.Second, "rr").want("Gr", 61*time.Second, "Gr").tripped("")
 		if !trips {
 			b.want("Gr", 100*time.Second, "Gr").tripped("")
 		} else {
