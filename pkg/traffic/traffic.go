@@ -125,6 +125,9 @@ const (
 	Area DetectorKind = "area"
 	// ExitArea covers the first stretch of a lane that leads away.
 	ExitArea DetectorKind = "exit-area"
+	// Box covers the paths of its movements within the junction: vehicles that
+	// have passed the stop line and are not out yet.
+	Box DetectorKind = "box"
 	// Button is a pedestrian push button; its count is calls waiting.
 	Button DetectorKind = "button"
 	// Oracle is a simulator's exact knowledge of a movement, kept apart so that
@@ -251,6 +254,15 @@ type Reading struct {
 	HeadWaitMS uint32 `json:"head_wait_ms"`
 	// Priority is set where a vehicle with right to priority is present.
 	Priority Priority `json:"priority,omitempty"`
+	// Ahead lists the vehicles that an Oracle sees, the nearest first. No other
+	// detector has it.
+	Ahead []Approach `json:"ahead,omitempty"`
+}
+
+// Approach is one vehicle on its way to a stop line.
+type Approach struct {
+	DistanceCM uint32 `json:"distance_cm"` // of its front, to the stop line
+	SpeedCMS   uint32 `json:"speed_cms"`
 }
 
 // Priority classes a vehicle may ask for.

@@ -233,6 +233,12 @@ func reading(j *traffic.Junction, d *traffic.Detector, r *traffic.Reading, inter
 			return RuleVehicles, fmt.Sprintf("vehicles %d, at most %d", r.Vehicles, most)
 		}
 	}
+	if len(r.Ahead) > 0 && d.Kind != traffic.Oracle {
+		return RuleInconsistent, fmt.Sprintf("single vehicles from a detector of kind %s, which cannot tell them apart", d.Kind)
+	}
+	if len(r.Ahead) > int(r.Vehicles) {
+		return RuleInconsistent, fmt.Sprintf("%d single vehicles of %d", len(r.Ahead), r.Vehicles)
+	}
 	if r.Halted > r.Vehicles {
 		return RuleInconsistent, fmt.Sprintf("halted %d of %d vehicles", r.Halted, r.Vehicles)
 	}

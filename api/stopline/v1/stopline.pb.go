@@ -323,7 +323,10 @@ type Reading struct {
 	// How long the first of them has been standing, ms.
 	HeadWaitMs uint32 `protobuf:"varint,7,opt,name=head_wait_ms,json=headWaitMs,proto3" json:"head_wait_ms,omitempty"`
 	// 0 none, 1 bus, 2 emergency.
-	Priority      uint32 `protobuf:"varint,8,opt,name=priority,proto3" json:"priority,omitempty"`
+	Priority uint32 `protobuf:"varint,8,opt,name=priority,proto3" json:"priority,omitempty"`
+	// Of an oracle: for each vehicle, the nearest first, its distance to the stop
+	// line in cm and its speed in cm/s.
+	Ahead         []uint32 `protobuf:"varint,9,rep,packed,name=ahead,proto3" json:"ahead,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -412,6 +415,13 @@ func (x *Reading) GetPriority() uint32 {
 		return x.Priority
 	}
 	return 0
+}
+
+func (x *Reading) GetAhead() []uint32 {
+	if x != nil {
+		return x.Ahead
+	}
+	return nil
 }
 
 // Event is a controller event in Purdue's hi-res enumeration.
@@ -2292,7 +2302,7 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x06events\x18\n" +
 	" \x03(\v2\x12.stopline.v1.EventR\x06events\x12+\n" +
 	"\x06signal\x18\v \x01(\v2\x13.stopline.v1.SignalR\x06signal\x124\n" +
-	"\aresults\x18\f \x03(\v2\x1a.stopline.v1.CommandResultR\aresults\"\xf9\x01\n" +
+	"\aresults\x18\f \x03(\v2\x1a.stopline.v1.CommandResultR\aresults\"\x8f\x02\n" +
 	"\aReading\x12\x1a\n" +
 	"\bdetector\x18\x01 \x01(\tR\bdetector\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\rR\x05count\x12-\n" +
@@ -2302,7 +2312,8 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x06halted\x18\x06 \x01(\rR\x06halted\x12 \n" +
 	"\fhead_wait_ms\x18\a \x01(\rR\n" +
 	"headWaitMs\x12\x1a\n" +
-	"\bpriority\x18\b \x01(\rR\bpriority\"N\n" +
+	"\bpriority\x18\b \x01(\rR\bpriority\x12\x14\n" +
+	"\x05ahead\x18\t \x03(\rR\x05ahead\"N\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\rR\x04code\x12\x14\n" +
 	"\x05param\x18\x02 \x01(\rR\x05param\x12\x1b\n" +

@@ -92,12 +92,48 @@ func fastReading(p *reader) traffic.Reading {
 			v.HeadWaitMS = uint32(r.uint())
 		case 8:
 			v.Priority = traffic.Priority(r.max(math.MaxUint8))
+		case 9:
+			fastAhead(&r, &v)
 		default:
 			r.bad = true
 		}
 	}
 	p.bad = p.bad || r.bad
 	return v
+}
+
+// fastAhead reads the packed form, once; any other goes the slow way.
+func fastAhead(p *reader, v *traffic.Reading) {
+	if v.Ahead != nil {
+		p.bad = true
+		return
+	}
+	b := p.bytes()
+	n := 0
+	for _, c := range b {
+		if c < 0x80 {
+			n++
+		}
+	}
+	if n == 0 || n%2 != 0 {
+		p.bad = true
+		return
+	}
+	v.Ahead = make([]traffic.Approach, n/2)
+	for i := range n {
+		x, size := protowire.ConsumeVarint(b)
+		if size < 0 {
+			p.bad = true
+			return
+		}
+		b = b[size:]
+		if a := &v.Ahead[i/2]; i%2 == 0 {
+			a.DistanceCM = uint32(x)
+		} else {
+			a.SpeedCMS = uint32(x)
+		}
+	}
+	p.bad = p.bad || len(b) > 0
 }
 
 func fastEvent(p *reader) traffic.Event {

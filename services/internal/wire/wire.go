@@ -114,7 +114,7 @@ func FrameToProto(f *traffic.Frame) *pb.Frame {
 	for _, r := range f.Readings {
 		m.Readings = append(m.Readings, &pb.Reading{
 			Detector: string(r.Detector), Count: r.Count, OccupancyPermille: r.OccupancyPermille, SpeedCms: r.SpeedCMS,
-			Vehicles: r.Vehicles, Halted: r.Halted, HeadWaitMs: r.HeadWaitMS, Priority: uint32(r.Priority),
+			Vehicles: r.Vehicles, Halted: r.Halted, HeadWaitMs: r.HeadWaitMS, Priority: uint32(r.Priority), Ahead: aheadToProto(r.Ahead),
 		})
 	}
 	for _, e := range f.Events {
@@ -124,6 +124,31 @@ func FrameToProto(f *traffic.Frame) *pb.Frame {
 		m.Results = append(m.Results, ResultToProto(r))
 	}
 	return m
+}
+
+func aheadToProto(as []traffic.Approach) []uint32 {
+	if len(as) == 0 {
+		return nil
+	}
+	out := make([]uint32, 0, 2*len(as))
+	for _, a := range as {
+		out = append(out, a.DistanceCM, a.SpeedCMS)
+	}
+	return out
+}
+
+func aheadFromProto(in []uint32) ([]traffic.Approach, error) {
+	if len(in)%2 != 0 {
+		return nil, fmt.Errorf("%d numbers, must be pairs of distance and speed", len(in))
+	}
+	if len(in) == 0 {
+		return nil, nil
+	}
+	out := make([]traffic.Approach, len(in)/2)
+	for i := range out {
+		out[i] = traffic.Approach{DistanceCM: in[2*i], SpeedCMS: in[2*i+1]}
+	}
+	return out, nil
 }
 
 // EncodeFrame returns the protobuf payload of a frame.
@@ -190,9 +215,13 @@ func slowFrame(contentType string, payload []byte) (*traffic.Frame, error) {
 		if r.Priority > math.MaxUint8 {
 			return nil, outOf(fmt.Sprintf("readings[%d].priority", i), r.Priority, math.MaxUint8)
 		}
+		ahead, err := aheadFromProto(r.Ahead)
+		if err != nil {
+			return nil, kind.Errorf(kind.Invalid, "readings[%d].ahead: %w", i, err)
+		}
 		f.Readings[i] = traffic.Reading{
 			Detector: traffic.DetectorID(r.Detector), Count: r.Count, OccupancyPermille: r.OccupancyPermille, SpeedCMS: r.SpeedCms,
-			Vehicles: r.Vehicles, Halted: r.Halted, HeadWaitMS: r.HeadWaitMs, Priority: traffic.Priority(r.Priority),
+			Vehicles: r.Vehicles, Halted: r.Halted, HeadWaitMS: r.HeadWaitMs, Priority: traffic.Priority(r.Priority), Ahead: ahead,
 		}
 	}
 	var err error
