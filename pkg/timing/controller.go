@@ -23,6 +23,10 @@ type Memory struct {
 	// Queue is, by movement, an estimate of the waiting vehicles from what loops
 	// counted in and out, where nothing counts the vehicles themselves.
 	Queue []int `json:"queue,omitempty"`
+	// Lanes is what the adaptive controller knows of each approach lane.
+	Lanes []LaneMemory `json:"lanes,omitempty"`
+
+	model *model // of the definition, made again where it is missing
 }
 
 // Decision is the stage that a controller wants, and in a few words why.
@@ -46,6 +50,7 @@ var controllers = []Controller{
 	{Name: "fixed", Version: "1", Next: fixed},
 	{Name: "actuated", Version: "1", Next: actuated},
 	{Name: "maxpressure", Version: "1", Next: maxPressure},
+	{Name: "adaptive", Version: "1", Next: adaptive},
 }
 
 // Named returns the controller with the given name: fixed, actuated or

@@ -31,16 +31,20 @@ type Rules struct {
 	AllRedMS   int64 `json:"all_red_ms"`
 	// MaxRedMS bounds how long a movement with demand waits for its green.
 	MaxRedMS int64 `json:"max_red_ms"`
+	// BoxHoldMS bounds for how long a green waits for vehicles that are still
+	// within the junction, on paths that it would cross; see [Sequencer.Occupied].
+	// 0: it does not wait.
+	BoxHoldMS int64 `json:"box_hold_ms"`
 }
 
 // The named rules. In resco a decision every 10 s has its 3 s of yellow inside
 // it, so that a green lasts 7 s or more without a minimum that says so; the
 // minimum of 5 s is there for whoever orders stages apart from decisions.
 var named = []Rules{
-	{Name: "free", DecisionMS: 1000, MinGreenMS: 5000, YellowMS: 3000},
+	{Name: "free", DecisionMS: 1000, MinGreenMS: 5000, YellowMS: 3000, BoxHoldMS: 20000},
 	{Name: "resco", DecisionMS: 10000, MinGreenMS: 5000, YellowMS: 3000},
-	{Name: "deployable", DecisionMS: 1000, MinGreenMS: 7000, YellowMS: 3000, AllRedMS: 1000, MaxRedMS: 120000},
-	{Name: "field", DecisionMS: 1000},
+	{Name: "deployable", DecisionMS: 1000, MinGreenMS: 7000, YellowMS: 3000, AllRedMS: 1000, MaxRedMS: 120000, BoxHoldMS: 20000},
+	{Name: "field", DecisionMS: 1000, BoxHoldMS: 20000},
 }
 
 // RulesNamed returns the rules with the given name: free, resco, deployable, or

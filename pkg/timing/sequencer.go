@@ -35,6 +35,11 @@ type Sequencer struct {
 	since   int64 // how long the stage or the change has lasted, ms
 	longest int64 // the longest clearance of the change under way
 
+	box     []bool // by group: vehicles are still within the junction
+	boxAge  int64  // ms since that was told
+	boxHold int64  // at most so long
+	ready   int64  // since, when the gaining groups could have turned green; -1 before
+
 	clock counter
 }
 
@@ -45,7 +50,7 @@ func NewSequencer(j *traffic.Junction, r Rules, now time.Time) *Sequencer {
 	s := &Sequencer{
 		j: j, lim: limitsOf(j, r), meets: meetings(j),
 		show: make([]traffic.Aspect, len(j.Groups)), age: make([]int64, len(j.Groups)),
-		target: -1,
+		target: -1, boxHold: max(r.BoxHoldMS, 0), box: make([]bool, len(j.Groups)),
 	}
 	s.restart(now)
 	return s
@@ -154,6 +159,7 @@ func (s *Sequencer) Target(stage int) error {
 func (s *Sequencer) Next(now time.Time) traffic.State {
 	dt := s.clock.count(now)
 	s.since += dt
+	s.boxAge = min(s.boxAge+dt, boxNewsMS)
 	for i := range s.age {
 		s.age[i] += dt
 	}
@@ -189,7 +195,7 @@ func (s *Sequencer) mayLeave(to int) bool {
 }
 
 func (s *Sequencer) begin(to int) {
-	s.to, s.stage, s.since, s.longest = to, -1, 0, 0
+	s.to, s.stage, s.since, s.longest, s.ready = to, -1, 0, 0, -1
 	for i, a := range s.show {
 		if a.Go() && !s.j.Stages[to].State.At(i).Go() {
 			s.longest = max(s.longest, s.lim.clear[i])
@@ -244,6 +250,12 @@ func (s *Sequencer) advance() {
 			}
 		}
 	}
+	if s.ready < 0 {
+		s.ready = s.since
+	}
+	if s.boxAge < boxNewsMS && s.since-s.ready < s.boxHold && s.inTheWay(want) {
+		return
+	}
 	for i, a := range s.show {
 		w := want.At(i)
 		if !w.Go() || a == w {
@@ -255,6 +267,61 @@ func (s *Sequencer) advance() {
 		s.show[i] = w
 	}
 	s.stage, s.to, s.since = s.to, -1, 0
+}
+
+// boxNewsMS is for how long word of what is within the junction holds.
+const boxNewsMS = 2_000
+
+// Occupied tells, by group, whether vehicles that it let go are still within the
+// junction. A change then goes on showing red to the groups whose paths they
+// stand on, until they are out, but not for longer than the rules'
+// BoxHoldMS: a detector that is stuck must not close the junction, and neither
+// must a car that has broken down. Word that is older than two seconds, or not of
+// the right length, counts as none. It can only prolong a red.
+func (s *Sequencer) Occupied(groups []bool) {
+	s.boxAge = boxNewsMS
+	if len(groups) == len(s.box) {
+		copy(s.box, groups)
+		s.boxAge = 0
+	}
+}
+
+// inTheWay reports whether vehicles of groups that are red now are on the path of
+// one that is about to turn green.
+func (s *Sequencer) inTheWay(want traffic.State) bool {
+	for i, a := range s.show {
+		if !want.At(i).Go() || a.Go() {
+			continue
+		}
+		for _, k := range s.meets[i] {
+			if s.box[k] && !want.At(k).Go() {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// BoxOccupied reads from a frame's readings, in the order of the definition's
+// detectors, which groups' vehicles are still within the junction, for
+// [Sequencer.Occupied]. It is nil where nothing watches the junction's inside.
+func BoxOccupied(j *traffic.Junction, readings []traffic.Reading) []bool {
+	var out []bool
+	for i, d := range j.Detectors {
+		if d.Kind != traffic.Box || i >= len(readings) || readings[i].Detector != d.ID {
+			continue
+		}
+		if out == nil {
+			out = make([]bool, len(j.Groups))
+		}
+		if readings[i].Vehicles == 0 {
+			continue
+		}
+		for _, m := range d.Movements {
+			out[j.Movements[m].Group] = true
+		}
+	}
+	return out
 }
 
 // Signal returns what the lamps show as of the last Next, for a frame: Stage is

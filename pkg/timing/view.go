@@ -25,6 +25,7 @@ type MovementView struct {
 	// ExitVehicles are on the seen stretch of the exit lane, on which
 	// ExitCapacity fit. ExitCapacity is 0 where nothing watches the exit.
 	ExitVehicles, ExitCapacity int
+	ExitHalted                 int // of ExitVehicles
 	// Known: at least one detector that tells something of the movement
 	// reported. Counted: Vehicles was counted, by an area detector or an oracle,
 	// and is not merely 0 because loops cannot tell.
@@ -33,6 +34,13 @@ type MovementView struct {
 	// is known then, whatever else is; the movement is served in each round, for as
 	// long as the plan gives it.
 	Recall bool
+	// Ahead are the single vehicles that an oracle sees, the nearest first. It is
+	// the frame's own: not to be changed.
+	Ahead []traffic.Approach
+	// InBox have passed the stop line and are still within the junction, of which
+	// BoxSlow will not be out in time by themselves. Both are 0 where nothing
+	// watches the box.
+	InBox, BoxSlow int
 }
 
 // View is what a controller sees of one junction: one frame, by movement and
@@ -119,6 +127,11 @@ func ObserveWithout(j *traffic.Junction, f *traffic.Frame, failed func(traffic.D
 				}
 			case traffic.ExitArea:
 				v.exit(j, d, r)
+			case traffic.Box:
+				for _, m := range d.Movements {
+					v.Movements[m].InBox += int(r.Vehicles)
+					v.Movements[m].BoxSlow += int(r.Halted)
+				}
 			default:
 				for _, m := range d.Movements {
 					v.Priority[m] = max(v.Priority[m], r.Priority)
@@ -177,6 +190,7 @@ func (m *MovementView) add(d traffic.Detector, r *traffic.Reading) {
 		m.Present = m.Present || r.Halted > 0 || r.HeadWaitMS > 0
 		if d.Kind == traffic.Oracle {
 			m.Departed += int(r.Count)
+			m.Ahead = r.Ahead
 		}
 	case traffic.StopLine:
 		m.Departed += int(r.Count)
@@ -198,6 +212,7 @@ func (v *View) exit(j *traffic.Junction, d traffic.Detector, r *traffic.Reading)
 	for i, m := range j.Movements {
 		if m.To == d.Lane {
 			v.Movements[i].ExitVehicles += int(r.Vehicles)
+			v.Movements[i].ExitHalted += int(r.Halted)
 			v.Movements[i].ExitCapacity += room
 		}
 	}

@@ -386,6 +386,7 @@ func (u *Unit) frame(now time.Time, periodic bool) ([]byte, *traffic.Frame, erro
 		} else {
 			f.Readings, f.Interval = readings, max(now.Sub(u.sensedAt), 0).Truncate(time.Millisecond)
 			u.sensedAt = now
+			u.sequencer.Occupied(timing.BoxOccupied(u.cfg.Junction, readings))
 		}
 	} else {
 		u.counters.EventFrames++

@@ -1,6 +1,7 @@
 package traci
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -64,6 +65,18 @@ func placeDetectors(n *network, j *traffic.Junction, sensing Sensing) {
 	} else {
 		n.placeApproaches(j)
 	}
+	for i, m := range j.Movements {
+		if inside := n.inside(m); len(inside) > 0 {
+			length := 0.0
+			for _, l := range inside {
+				length += n.lanes[l].length
+			}
+			j.Detectors = append(j.Detectors, traffic.Detector{
+				ID:   traffic.DetectorID(fmt.Sprintf("box:%d:%s>%s", m.Group, m.From, m.To)),
+				Kind: traffic.Box, Lane: m.From, LengthCM: max(1, centi(length)), Movements: []int{i}, Group: -1,
+			})
+		}
+	}
 	for _, l := range j.Lanes {
 		var ms []int
 		for i, m := range j.Movements {
@@ -78,6 +91,30 @@ func placeDetectors(n *network, j *traffic.Junction, sensing Sensing) {
 			})
 		}
 	}
+}
+
+// inside lists the internal lanes of a movement's path, in order: one, or more
+// where it may have to wait on its way.
+func (n *network) inside(m traffic.Movement) []int {
+	var out []int
+	from, to := n.lane[string(m.From)], n.lane[string(m.To)]
+	for _, i := range n.leaving[from] {
+		if n.links[i].to != to {
+			continue
+		}
+		for at := n.links[i].via; at >= 0 && !slices.Contains(out, at); {
+			out = append(out, at)
+			next := -1
+			for _, k := range n.leaving[at] {
+				if n.links[k].via >= 0 {
+					next = n.links[k].via
+					break
+				}
+			}
+			at = next
+		}
+	}
+	return out
 }
 
 func (n *network) placeApproaches(j *traffic.Junction) {
@@ -188,6 +225,7 @@ type field struct {
 	next    map[int][]int // lanes that follow a lane, internal ones included
 	loops   map[int][]*sensor
 	areas   map[int][]*sensor
+	boxes   map[int][]*sensor
 	oracles map[string]map[int][]oracle // by signal and link index
 	sensors [][]*sensor                 // by junction, in the order of Detectors
 	elapsed []float64                   // seconds since a junction was last read
@@ -217,6 +255,7 @@ type sensor struct {
 	head             float64 // how far before the sensor's downstream end the first vehicle is
 	headWait         time.Duration
 	present          traffic.Priority
+	ahead            []traffic.Approach // of an oracle
 }
 
 type oracle struct {
@@ -266,7 +305,7 @@ type observation struct {
 
 func newField(n *network, js []*traffic.Junction) *field {
 	f := &field{
-		net: n, next: map[int][]int{}, loops: map[int][]*sensor{}, areas: map[int][]*sensor{},
+		net: n, next: map[int][]int{}, loops: map[int][]*sensor{}, areas: map[int][]*sensor{}, boxes: map[int][]*sensor{},
 		oracles: map[string]map[int][]oracle{}, elapsed: make([]float64, len(js)),
 		byID: map[string]*vehicle{}, paths: map[[2]int][]int{},
 	}
@@ -307,6 +346,11 @@ func newField(n *network, js []*traffic.Junction) *field {
 			case traffic.ExitArea:
 				s.a, s.b = 0, min(length, reach)
 				f.areas[lane] = append(f.areas[lane], s)
+			case traffic.Box:
+				s.loop = true // nothing of it is a share of a length
+				for _, l := range n.inside(j.Movements[d.Movements[0]]) {
+					f.boxes[l] = append(f.boxes[l], s)
+				}
 			case traffic.Oracle:
 				m := j.Movements[d.Movements[0]]
 				tls := string(j.ID)
@@ -350,6 +394,7 @@ func (f *field) end(step uint64, dt float64) {
 		for _, s := range own {
 			s.vehicles, s.halted, s.covered, s.present = 0, 0, 0, traffic.NoPriority
 			s.head, s.headWait = math.Inf(1), 0
+			s.ahead = s.ahead[:0]
 		}
 	}
 	for _, v := range f.vehicles {
@@ -384,8 +429,12 @@ func (f *field) stand(v *vehicle) {
 			}
 		}
 	}
+	for _, s := range f.boxes[v.lane] {
+		s.see(v, 0)
+	}
 	if o := v.oracle; o != nil && v.ahead.dist <= oracleReach {
 		o.see(v, v.ahead.dist)
+		o.ahead = append(o.ahead, traffic.Approach{DistanceCM: uint32(centi(max(0, v.ahead.dist))), SpeedCMS: uint32(centi(v.speed))})
 	}
 }
 
@@ -590,7 +639,17 @@ func (f *field) read(i int) []traffic.Reading {
 		if s.count > 0 {
 			r.SpeedCMS = uint32(min(math.MaxUint32, max(0, math.Round(s.speeds/float64(s.count)*100))))
 		}
-		if s.kind != traffic.Oracle {
+		if len(s.ahead) > 0 {
+			r.Ahead = slices.Clone(s.ahead)
+			slices.SortStableFunc(r.Ahead, func(a, b traffic.Approach) int { return cmp.Compare(a.DistanceCM, b.DistanceCM) })
+		}
+		switch s.kind {
+		case traffic.Oracle:
+		case traffic.Box:
+			if r.Vehicles > 0 {
+				r.OccupancyPermille = 1000
+			}
+		default:
 			r.OccupancyPermille = permille(s.occupied, f.elapsed[i])
 			if r.Vehicles > 0 {
 				r.OccupancyPermille = max(r.OccupancyPermille, 1)

@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"testing"
@@ -67,7 +68,7 @@ func (s *street) read() map[traffic.DetectorID]traffic.Reading {
 func (s *street) check(got map[traffic.DetectorID]traffic.Reading, want ...traffic.Reading) {
 	s.t.Helper()
 	for _, w := range want {
-		if got[w.Detector] != w {
+		if !reflect.DeepEqual(got[w.Detector], w) {
 			s.t.Errorf("got  %+v\nwant %+v", got[w.Detector], w)
 		}
 	}

@@ -1,0 +1,158 @@
+package timing
+
+import (
+	"slices"
+
+	"github.com/stopline-traffic/stopline/pkg/traffic"
+)
+
+// A model is what the planner needs of a junction under given rules, worked out
+// once: lanes and movements by number, what each stage and each change between
+// two stages lets go, and how long a change takes. It is never changed after
+// [modelOf] has made it, so copies of a [Memory] share it.
+type model struct {
+	junction *traffic.Junction
+	rules    Rules
+
+	lanes  []laneModel
+	moves  []moveModel // first those of vehicles, in the definition's order, then one for each walk
+	exits  int
+	stages []stageModel
+	rows   []byte  // of all stages, then of all changes; see row
+	change []int32 // from*stages+to: ms from the end of the first's green to the second's
+	common []bool  // from*stages+to: some movement is green through the change
+	start  []int32 // decision grid: how long from now the shown stage may stay before it ends
+	grid   int32   // ms, decisions fall on its multiples
+}
+
+type laneModel struct {
+	speed int32 // cm/s
+	moves []int16
+	walk  bool
+}
+
+type moveModel struct {
+	group, lane, exit int16   // exit is -1 where nothing is known of it
+	yields            []int16 // movements that it waits for while permissive
+	protected         int32   // headways in ms
+	permissive        int32
+}
+
+type stageModel struct {
+	minGreen int32
+}
+
+// What a movement may do in a row.
+const (
+	stop byte = iota
+	goes
+	gives // goes, and gives way
+	ends  // yellow: who is on the move and arrives in time still goes
+)
+
+// Settings of the model. One set serves every network.
+const (
+	headwayMS     = 1900 // between vehicles that leave a queue at a protected green
+	giveHeadwayMS = 2200 // and at a permissive one
+	baseFlow      = 1900 // vehicles an hour for which the first holds
+)
+
+func modelOf(j *traffic.Junction, r Rules) *model {
+	m := &model{junction: j, rules: r}
+	lanes, exits := map[traffic.LaneID]int16{}, map[traffic.LaneID]int16{}
+	meets := make([][]int16, len(j.Groups))
+	for i, mv := range j.Movements {
+		l, ok := lanes[mv.From]
+		if !ok {
+			l = int16(len(m.lanes))
+			lanes[mv.From] = l
+			lane, _ := j.Lane(mv.From)
+			speed := int32(min(max(lane.SpeedCMS, 300), 4000))
+			m.lanes = append(m.lanes, laneModel{speed: speed})
+		}
+		e, ok := exits[mv.To]
+		if !ok {
+			e = int16(m.exits)
+			exits[mv.To] = e
+			m.exits++
+		}
+		m.lanes[l].moves = append(m.lanes[l].moves, int16(i))
+		m.moves = append(m.moves, moveModel{group: int16(mv.Group), lane: l, exit: e, protected: headwayMS, permissive: giveHeadwayMS})
+		meets[mv.Group] = append(meets[mv.Group], int16(i))
+	}
+	for i := range m.moves {
+		g := int(m.moves[i].group)
+		if g < len(j.Yields) {
+			for _, k := range j.Yields[g] {
+				m.moves[i].yields = append(m.moves[i].yields, meets[k]...)
+			}
+		}
+	}
+	for g := range j.Groups {
+		if j.Groups[g].Kind != traffic.Pedestrians {
+			continue
+		}
+		i := int16(len(m.moves))
+		m.moves = append(m.moves, moveModel{group: int16(g), lane: int16(len(m.lanes)), exit: -1})
+		m.lanes = append(m.lanes, laneModel{walk: true, moves: []int16{i}})
+	}
+
+	n := len(j.Stages)
+	lim := limitsOf(j, r)
+	m.change, m.common = make([]int32, n*n), make([]bool, n*n)
+	for k := range j.Stages {
+		m.stages = append(m.stages, stageModel{minGreen: int32(min(stageMinGreen(j, r, k), 60_000))})
+		for i := range m.moves {
+			m.rows = append(m.rows, aspectByte(j.Stages[k].State.At(int(m.moves[i].group))))
+		}
+	}
+	// For each change two rows: while yellow is still used, and after.
+	for a := range n {
+		for b := range n {
+			m.change[a*n+b] = int32(min(changeMS(j, lim, a, b), 120_000))
+			for _, used := range []bool{true, false} {
+				for i := range m.moves {
+					x := m.rows[a*len(m.moves)+i]
+					y := m.rows[b*len(m.moves)+i]
+					switch {
+					case x != stop && y != stop:
+						m.common[a*n+b] = true
+					case x == goes && used && !m.lanes[m.moves[i].lane].walk:
+						x = ends
+					default:
+						x = stop
+					}
+					m.rows = append(m.rows, x)
+				}
+			}
+		}
+	}
+	m.grid = int32(min(max(r.DecisionMS, 1000), 60_000))
+	for _, s := range []int32{0, 1, 2, 3, 5, 7, 10, 14, 20, 28} {
+		at := (s*1000 + m.grid - 1) / m.grid * m.grid
+		if at < planMS && !slices.Contains(m.start, at) {
+			m.start = append(m.start, at)
+		}
+	}
+	return m
+}
+
+func aspectByte(a traffic.Aspect) byte {
+	switch a {
+	case traffic.Green:
+		return goes
+	case traffic.Permissive:
+		return gives
+	}
+	return stop
+}
+
+// row is what each movement may do in stage k.
+func (m *model) row(k int) []byte { return m.rows[k*len(m.moves) : (k+1)*len(m.moves)] }
+
+// between are the rows of a change: the first second, and the rest.
+func (m *model) between(a, b int) (first, rest []byte) {
+	n, w := len(m.stages), len(m.moves)
+	at := (n + 2*(a*n+b)) * w
+	return m.rows[at : at+w], m.rows[at+w : at+2*w]
+}

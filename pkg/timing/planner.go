@@ -1,0 +1,456 @@
+package timing
+
+import (
+	"math"
+	"sync"
+)
+
+// Settings of the planner. One set serves every network.
+const (
+	planMS     = 50_000 // how far ahead it looks
+	startupMS  = 1_500  // lost by the first of a queue when its light turns green
+	stopCostMS = 4_000  // what a stop costs beside its wait: braking and starting again
+	yellowMS   = 1_000  // of yellow in which who is on the move still goes
+	gapAheadMS = 3_500  // a permissive movement leaves that before somebody who comes
+	gapAfterMS = 1_500  // and that after him
+	restMS     = 2_000  // a stage that has served nobody for so long is over
+	longestMS  = 40_000 // and one that has lasted so long
+	chain      = 3      // how many stages follow one another in a plan
+	unit       = 1_000  // weight of one vehicle
+	hysteresis = 500 * unit
+)
+
+// scratch is the planner's working memory. It holds nothing between decisions.
+type scratch struct {
+	m   *model
+	arr []int32 // ms from now, by vehicle; lanes one after the other
+	w   []int32
+	mv  []int16
+	run []bool  // on the move: a stop costs
+	beg []int32 // by lane
+	end []int32
+	nf  []int32 // by lane: when its head may go, at the earliest
+	cap []int32 // by exit, thousandths of a vehicle
+	ref []int32 // by exit, thousandths a second; negative: not limited
+
+	states []state
+	cand   []int32 // by lane, in serve
+	active []int16
+	blockd []bool
+
+	best   int64
+	first  int // stage of the best plan that switches now, or the shown one
+	stay   int64
+	leave  []int64 // by stage: best plan that goes there now
+	nodes  int
+	cur    int
+	margin int64
+}
+
+type state struct {
+	head []int32
+	nf   []int32
+	used []int32 // by exit
+	last []int32 // by movement
+	cost int64
+}
+
+func (s *state) copyFrom(o *state) {
+	copy(s.head, o.head)
+	copy(s.nf, o.nf)
+	copy(s.used, o.used)
+	copy(s.last, o.last)
+	s.cost = o.cost
+}
+
+var scratches = sync.Pool{New: func() any { return new(scratch) }}
+
+func grow[T any](s []T, n int) []T {
+	if cap(s) < n {
+		return make([]T, n, n+n/2+8)
+	}
+	return s[:n]
+}
+
+// begin makes the scratch fit the model and empties it.
+func (p *scratch) begin(m *model) {
+	p.m = m
+	p.arr, p.w, p.mv, p.run = p.arr[:0], p.w[:0], p.mv[:0], p.run[:0]
+	n := len(m.lanes)
+	p.beg, p.end, p.nf = grow(p.beg, n), grow(p.end, n), grow(p.nf, n)
+	p.cand, p.active = grow(p.cand, n), grow(p.active, n)
+	p.cap, p.ref = grow(p.cap, m.exits), grow(p.ref, m.exits)
+	p.leave = grow(p.leave, len(m.stages))
+	p.states = grow(p.states, 2*chain+6)
+	for i := range p.states {
+		s := &p.states[i]
+		s.head, s.nf = grow(s.head, n), grow(s.nf, n)
+		s.used, s.last = grow(s.used, m.exits), grow(s.last, len(m.moves))
+	}
+	for i := range p.nf {
+		p.nf[i] = 0
+	}
+	for i := range p.cap {
+		p.cap[i], p.ref[i] = 0, -1
+	}
+}
+
+func (p *scratch) add(arr, w int32, mv int16, run bool) {
+	p.arr, p.w, p.mv, p.run = append(p.arr, arr), append(p.w, w), append(p.mv, mv), append(p.run, run)
+}
+
+// search looks for the plan that costs least, and fills in stay and leave.
+func (p *scratch) search(cur int, switching int64) {
+	p.cur, p.best, p.stay, p.nodes = cur, math.MaxInt64/2, math.MaxInt64/2, 0
+	for k := range p.leave {
+		p.leave[k] = math.MaxInt64 / 2
+	}
+	p.margin = hysteresis
+	s := &p.states[0]
+	copy(s.head, p.beg)
+	copy(s.nf, p.nf)
+	for i := range s.used {
+		s.used[i] = 0
+	}
+	for i := range s.last {
+		s.last[i] = -1_000_000
+	}
+	s.cost = 0
+	row := p.m.row(cur)
+
+	t := &p.states[1]
+	t.copyFrom(s)
+	p.serve(t, row, 0, planMS, -1)
+	p.leaf(t, cur, true)
+
+	var at int32
+	for _, d := range p.m.start {
+		if d > at {
+			p.serve(s, row, at, d, -1)
+			at = d
+		}
+		if p.bound(s, at) >= p.best+p.margin {
+			break
+		}
+		for b := range p.m.stages {
+			if b == cur || !p.useful(s, b) {
+				continue
+			}
+			t.copyFrom(s)
+			t.cost += switching
+			p.run1(1, p.transit(t, at, cur, b), b, chain, b, d > 0, switching)
+		}
+	}
+}
+
+// useful reports whether the stage lets the head of any lane go.
+func (p *scratch) useful(s *state, k int) bool {
+	row := p.m.row(k)
+	for l := range p.m.lanes {
+		if s.head[l] < p.end[l] && row[p.mv[s.head[l]]] != stop {
+			return true
+		}
+	}
+	return false
+}
+
+func (p *scratch) done(s *state) bool {
+	for l := range p.m.lanes {
+		if s.head[l] < p.end[l] {
+			return false
+		}
+	}
+	return true
+}
+
+// run1 runs stage k in states[at] from t until it has served who is there, then
+// tries every stage after it.
+func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool, switching int64) {
+	p.nodes++
+	s := &p.states[at]
+	row := p.m.row(k)
+	t = p.serve(s, row, t, planMS, p.m.stages[k].minGreen)
+	if t >= planMS || depth <= 0 || p.done(s) {
+		if t < planMS {
+			p.serve(s, row, t, planMS, -1)
+		}
+		p.leaf(s, first, stays)
+		return
+	}
+	if p.bound(s, t) >= p.best+p.margin {
+		return
+	}
+	n := &p.states[at+1]
+	some := false
+	for b := range p.m.stages {
+		if b == k || !p.useful(s, b) {
+			continue
+		}
+		some = true
+		n.copyFrom(s)
+		n.cost += switching
+		p.run1(at+1, p.transit(n, t, k, b), b, depth-1, first, stays, switching)
+	}
+	if !some {
+		p.serve(s, row, t, planMS, -1)
+		p.leaf(s, first, stays)
+	}
+}
+
+func (p *scratch) leaf(s *state, first int, stays bool) {
+	c := p.final(s)
+	if stays {
+		p.stay = min(p.stay, c)
+	} else {
+		p.leave[first] = min(p.leave[first], c)
+	}
+	if c < p.best {
+		p.best, p.first = c, first
+	}
+}
+
+// final adds what those cost who are still there at the end.
+func (p *scratch) final(s *state) int64 {
+	c := s.cost
+	for l := range p.m.lanes {
+		var q int64
+		for i := s.head[l]; i < p.end[l]; i++ {
+			q++
+			d := int64(planMS - p.arr[i])
+			if d <= 0 {
+				continue
+			}
+			d += q * headwayMS / 2
+			if p.run[i] {
+				d += stopCostMS
+			}
+			c += int64(p.w[i]) * d
+		}
+	}
+	return c
+}
+
+// bound is less than any plan from here can cost: every lane served from now on
+// as if it had the junction to itself.
+func (p *scratch) bound(s *state, t int32) int64 {
+	c := s.cost
+	for l := range p.m.lanes {
+		at := max(s.nf[l], t)
+		for i := s.head[l]; i < p.end[l]; i++ {
+			if p.arr[i] >= planMS {
+				break
+			}
+			at = max(at, p.arr[i])
+			if at >= planMS {
+				c += int64(p.w[i]) * int64(planMS-p.arr[i])
+				continue
+			}
+			c += int64(p.w[i]) * int64(at-p.arr[i])
+			if !p.m.lanes[l].walk {
+				at += headwayMS
+			}
+		}
+	}
+	return c
+}
+
+// transit leads s from stage a to stage b and returns when b begins.
+func (p *scratch) transit(s *state, t int32, a, b int) int32 {
+	m := p.m
+	n := len(m.stages)
+	d := m.change[a*n+b]
+	from, to := m.row(a), m.row(b)
+	if d > 0 {
+		first, rest := m.between(a, b)
+		// Of those who give way, the first of each lane stands in the junction
+		// already and leaves it with the yellow.
+		for l := range m.lanes {
+			i := s.head[l]
+			if i >= p.end[l] || s.nf[l] > t+1000 || p.arr[i] >= t {
+				continue
+			}
+			k := p.mv[i]
+			if from[k] != gives || rest[k] != stop || m.lanes[l].walk || p.room(s, k, t+1000) > t+1000 {
+				continue
+			}
+			s.cost += int64(p.w[i]) * int64(t+1000-p.arr[i])
+			s.head[l]++
+			s.nf[l] = t + 2000
+			if e := m.moves[k].exit; e >= 0 {
+				s.used[e] += unit
+			}
+		}
+		mid := min(t+yellowMS, t+d)
+		p.serve(s, first, t, mid, -1)
+		if m.common[a*n+b] {
+			p.serve(s, rest, mid, t+d, -1)
+		}
+		t += d
+	}
+	for l := range m.lanes {
+		i := s.head[l]
+		if i >= p.end[l] || m.lanes[l].walk {
+			continue
+		}
+		k := p.mv[i]
+		if from[k] == stop && to[k] != stop && (!p.run[i] || p.arr[i] < t-1000) {
+			s.nf[l] = max(s.nf[l], t+startupMS)
+		}
+	}
+	return t
+}
+
+// room returns when movement k's exit can take one more, at t at the earliest.
+func (p *scratch) room(s *state, k int16, t int32) int32 {
+	e := p.m.moves[k].exit
+	if e < 0 || p.ref[e] < 0 {
+		return t
+	}
+	// thousandths of a vehicle: cap + ref·t − used ≥ 1000
+	need := unit + s.used[e] - p.cap[e]
+	if need <= 0 {
+		return t
+	}
+	if p.ref[e] == 0 {
+		return math.MaxInt32
+	}
+	return max(t, int32((int64(need)*1000+int64(p.ref[e])-1)/int64(p.ref[e])))
+}
+
+// serve lets go who may under the row, from t to until. Where minGreen is not
+// negative, it ends early: when the stage has had that and there is nobody to serve for
+// a while, and returns the moment, on the grid of decisions, right after the last
+// one who was served.
+func (p *scratch) serve(s *state, row []byte, t, until, minGreen int32) int32 {
+	m, early := p.m, minGreen >= 0
+	active := p.active[:0]
+	for l := range m.lanes {
+		i := s.head[l]
+		if i >= p.end[l] {
+			continue
+		}
+		k := p.mv[i]
+		if row[k] == stop || row[k] == ends && !p.run[i] {
+			continue
+		}
+		p.cand[l] = p.room(s, k, max(s.nf[l], p.arr[i], t))
+		if p.cand[l] < until {
+			active = append(active, int16(l))
+		}
+	}
+	end := until
+	if early {
+		end = p.onGrid(t + minGreen)
+	}
+	limit := min(until, t+longestMS)
+	for len(active) > 0 {
+		// The next one.
+		at := 0
+		for x := 1; x < len(active); x++ {
+			if p.cand[active[x]] < p.cand[active[at]] {
+				at = x
+			}
+		}
+		l := active[at]
+		c := p.cand[l]
+		if c >= until || early && (c >= end+restMS || c >= limit && end >= limit) {
+			break
+		}
+		i := s.head[l]
+		k := p.mv[i]
+		if row[k] == gives {
+			if wait := p.givesWay(s, row, k, c, active); wait > c {
+				p.cand[l] = wait
+				if wait >= until {
+					active[at] = active[len(active)-1]
+					active = active[:len(active)-1]
+				}
+				continue
+			}
+		}
+		// Served.
+		d := c - p.arr[i]
+		cost := int64(d)
+		if p.run[i] && d > 1500 {
+			cost += stopCostMS * int64(min(d, 3000)) / 3000
+		}
+		s.cost += int64(p.w[i]) * cost
+		s.head[l]++
+		s.last[k] = c
+		if m.lanes[l].walk {
+			s.nf[l] = c
+		} else if row[k] == gives {
+			s.nf[l] = c + m.moves[k].permissive
+		} else {
+			s.nf[l] = c + m.moves[k].protected
+		}
+		if e := m.moves[k].exit; e >= 0 {
+			s.used[e] += unit
+		}
+		if early {
+			end = max(end, p.onGrid(c+1))
+		}
+		// The lane's next, and others who wanted the same exit.
+		gone := true
+		if i++; i < p.end[l] {
+			if k := p.mv[i]; row[k] != stop && (row[k] != ends || p.run[i]) {
+				if p.cand[l] = p.room(s, k, max(s.nf[l], p.arr[i], t)); p.cand[l] < until {
+					gone = false
+				}
+			}
+		}
+		if gone {
+			active[at] = active[len(active)-1]
+			active = active[:len(active)-1]
+		}
+		if e := m.moves[k].exit; e >= 0 && p.ref[e] >= 0 {
+			for _, o := range active {
+				if h := p.mv[s.head[o]]; m.moves[h].exit == e {
+					p.cand[o] = p.room(s, h, p.cand[o])
+				}
+			}
+		}
+	}
+	if early {
+		return min(end, until)
+	}
+	return until
+}
+
+// onGrid is the first moment for a decision at or after t.
+func (p *scratch) onGrid(t int32) int32 {
+	g := p.m.grid
+	return (t + g - 1) / g * g
+}
+
+// givesWay returns when a permissive movement that is ready at c may go as far
+// as is known now: c if nobody is in its way.
+func (p *scratch) givesWay(s *state, row []byte, k int16, c int32, active []int16) int32 {
+	m := p.m
+	for _, o := range m.moves[k].yields {
+		if s.last[o] > c-gapAfterMS {
+			return s.last[o] + gapAfterMS
+		}
+		if row[o] == stop {
+			continue
+		}
+		l := m.moves[o].lane
+		i := s.head[l]
+		if i >= p.end[l] || p.mv[i] != o {
+			continue
+		}
+		for _, a := range active {
+			if a != l {
+				continue
+			}
+			x := p.cand[l]
+			if row[o] == gives && x >= c {
+				break // whoever is there first goes
+			}
+			if x < c+gapAheadMS {
+				return max(x, c) + 1
+			}
+		}
+	}
+	return c
+}
