@@ -57,6 +57,14 @@ func Describe(e identity.Envelope) Claims {
 		c.Summary = fmt.Sprintf("detector %.128q at junction %q has %s the rule %.128q: %.256q; resting on block %d",
 			f.text(6, "detector"), c.Junction, breaks, f.text(8, "rule"), f.text(9, "reason"), f.number(4, "height"))
 		return c
+	case identity.KindDeletion:
+		c := Claims{District: f.text(1, "district")}
+		c.Summary = fmt.Sprintf("receipt of deletion by %.128q: records let go of, because of: %.40q, class: %.40q",
+			f.text(2, "holder"), f.text(3, "reason"), f.text(4, "class"))
+		return c
+	case identity.KindRedaction:
+		return Claims{District: f.text(1, "district"),
+			Summary: fmt.Sprintf("redaction of the record at leaf %.20q, with %d approvals", f.text(4, "id"), f.count(8, "approvals"))}
 	case identity.KindRegistry:
 		c := Claims{District: f.text(1, "district"),
 			Summary: fmt.Sprintf("registry change: %.20q of %.20q %.128q", f.text(2, "action"), f.text(3, "type"), f.text(4, "id"))}

@@ -396,9 +396,11 @@ func maySign(e identity.Entry, k identity.RecordKind) bool {
 	case identity.TypeOfficial:
 		var o identity.Official
 		return json.Unmarshal(e.Body, &o) == nil &&
-			(k == identity.KindRequest || k == identity.KindRegistry && len(o.Roles) > 0)
+			(k == identity.KindRequest || k.ChangesRegistry() && len(o.Roles) > 0)
 	case identity.TypeAgency:
 		return k == identity.KindRequest
+	case identity.TypeValidator:
+		return k == identity.KindDeletion
 	}
 	return false
 }

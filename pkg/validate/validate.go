@@ -7,6 +7,7 @@ import (
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/retention"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 )
 
@@ -23,6 +24,8 @@ type Candidate struct {
 	Change  *identity.Change
 	Import  *traffic.Import
 	Health  *traffic.Health
+	// Deletion is a holder's receipt; Change is set for redactions too.
+	Deletion *retention.Receipt
 	// Err says why the record could not be decoded.
 	Err error
 	// SignatureValid says that the signature is that of the key which the
@@ -133,7 +136,9 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		limit = s.limits.MaxFrame
 	case identity.KindCommand:
 		limit = s.limits.MaxCommand
-	case identity.KindRegistry:
+	case identity.KindDeletion:
+		limit = maxDeletion
+	case identity.KindRegistry, identity.KindRedaction:
 		limit = s.limits.MaxChange
 	case identity.KindImport:
 		limit = s.limits.MaxImport
@@ -164,8 +169,13 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		return s.frame(reg, now, c, &h)
 	case e.Kind == identity.KindCommand && c.Command != nil:
 		return s.command(reg, now, c)
-	case e.Kind == identity.KindRegistry && c.Change != nil:
+	case e.Kind.ChangesRegistry() && c.Change != nil:
+		if redacts := c.Change.Type == identity.TypeRedaction; redacts != (e.Kind == identity.KindRedaction) {
+			return refuse(RuleKind, "kind: a change of type %.20q in a record of the kind %s", string(c.Change.Type), e.Kind)
+		}
 		return change(reg, c.Change)
+	case e.Kind == identity.KindDeletion && c.Deletion != nil:
+		return deletion(reg, c.Deletion, &h)
 	case e.Kind == identity.KindImport && c.Import != nil:
 		return s.imported(reg, now, c, &h)
 	case e.Kind == identity.KindHealth && c.Health != nil:

@@ -201,7 +201,7 @@ func registryAfter(reg *identity.Registry, h ledger.Height, m *pb.Block) (*ident
 			if !ledger.Verdicts(m.Verdicts).Accepted(rec - 1) {
 				continue
 			}
-			if e, err := identity.ParseEnvelope(r.Envelope); err != nil || e.Kind != identity.KindRegistry {
+			if e, err := identity.ParseEnvelope(r.Envelope); err != nil || !e.Kind.ChangesRegistry() {
 				continue
 			}
 			c := wire.Candidate(r.Envelope, r.Salt)

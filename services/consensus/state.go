@@ -203,6 +203,9 @@ func (s *state) execute(v verifier, at time.Time, requests []*request) *outcome 
 // block; changes to it are tried in their order on a copy that comes into force
 // with the next block.
 func (s *state) judge(o *outcome, height ledger.Height, at time.Time, c *validate.Candidate) (validate.Rule, string) {
+	if k := c.Envelope.Kind; (k == identity.KindRedaction || k == identity.KindDeletion) && !s.registry.Active(identity.FeatureRetention, uint64(height)) {
+		return validate.RuleKind, fmt.Sprintf("kind: %s: the feature %q is not in force", k, identity.FeatureRetention)
+	}
 	if v := o.devices.Judge(s.registry, at, c); !v.OK {
 		return v.Rule, v.Reason
 	}

@@ -343,7 +343,7 @@ func (c *Chain) Decide(batches ...[]Record) *Block {
 			continue
 		}
 		e := must(identity.ParseEnvelope(r.Envelope))
-		if e.Kind == identity.KindRegistry {
+		if e.Kind.ChangesRegistry() {
 			if err := c.Registry.Apply(uint64(h.Height), e.Key, must(identity.ParseChange(e.Payload))); err != nil {
 				b.Records[i].Refused = true
 				continue

@@ -257,7 +257,7 @@ func (s *State) apply(b *decided.Block, reg *identity.Registry) error {
 			continue
 		}
 		e, err := identity.ParseEnvelope(r.Raw)
-		if err != nil || e.Kind != identity.KindRegistry {
+		if err != nil || !e.Kind.ChangesRegistry() {
 			continue // anything else changes nothing here
 		}
 		c := wire.Candidate(r.Raw, r.Salt[:])

@@ -399,7 +399,9 @@ func Candidate(raw, salt []byte) validate.Candidate {
 		c.Import, c.Err = DecodeImport(e.ContentType, e.Payload)
 	case identity.KindHealth:
 		c.Health, c.Err = DecodeHealth(e.ContentType, e.Payload)
-	case identity.KindRegistry:
+	case identity.KindDeletion:
+		c.Deletion, c.Err = DecodeDeletion(e.ContentType, e.Payload)
+	case identity.KindRegistry, identity.KindRedaction:
 		var ch identity.Change
 		if ch, c.Err = DecodeChange(e.ContentType, e.Payload); c.Err == nil {
 			c.Change = &ch
