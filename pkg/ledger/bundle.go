@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -39,8 +40,23 @@ type Bundle struct {
 	Policy []byte
 	// Blocks that hold the records, by height; every one holds at least one.
 	Blocks []BundleBlock
+	// Unbroken stretches of devices' frames that the bundle claims to hold whole, by
+	// device, boot epoch and sequence, each once.
+	Unbroken []Unbroken
 	// Records by leaf index.
 	Records []BundleRecord
+}
+
+// Unbroken is the claim that nothing which a device signed between two of its
+// frames is left out: the bundle holds all frames of the stretch, and each but
+// the first bears the hash of the one before. A device's chain begins anew when it
+// starts, so that a stretch is within one boot epoch.
+type Unbroken struct {
+	Device    string `json:"device"`
+	BootEpoch uint64 `json:"boot_epoch"`
+	// From and To are the sequences of the first and the last frame.
+	From uint64 `json:"from"`
+	To   uint64 `json:"to"`
 }
 
 // BundleBlock is a block of which a bundle holds records.
@@ -56,12 +72,15 @@ type BundleBlock struct {
 	Registry []identity.Excerpt
 }
 
-// BundleRecord is one record.
+// BundleRecord is one record, or what is left of one.
 type BundleRecord struct {
 	Index    uint64
 	Salt     Salt
 	Envelope []byte
 	Proof    []tlog.Hash
+	// Tombstone is the leaf of a record whose salt and envelope were let go: they
+	// are empty then. It proves that there was a record, and nothing of it.
+	Tombstone *Leaf
 }
 
 // manifest is bundle.json.
@@ -83,6 +102,13 @@ func (b *Bundle) files() []zipFile {
 		{"policy", b.Policy},
 	}
 	add := func(name string, data []byte) { out = append(out, zipFile{name, data}) }
+	if len(b.Unbroken) > 0 {
+		j, err := json.MarshalIndent(b.Unbroken, "", " ")
+		if err != nil {
+			panic(fmt.Sprintf("ledger: unbroken.json: %v", err)) // unreachable: text and numbers
+		}
+		add("unbroken.json", append(j, '\n'))
+	}
 	for _, k := range b.Blocks {
 		dir := fmt.Sprintf("blocks/%d/", k.Header.Height)
 		add(dir+"header", k.Header.Marshal())
@@ -98,8 +124,13 @@ func (b *Bundle) files() []zipFile {
 	}
 	for _, r := range b.Records {
 		dir := fmt.Sprintf("records/%d/", r.Index)
-		add(dir+"envelope", r.Envelope)
-		add(dir+"salt", r.Salt[:])
+		if r.Tombstone != nil {
+			leaf := r.Tombstone.Marshal()
+			add(dir+"tombstone", leaf[:])
+		} else {
+			add(dir+"envelope", r.Envelope)
+			add(dir+"salt", r.Salt[:])
+		}
 		add(dir+"proof", FormatProof(r.Index, r.Proof, b.Checkpoint))
 	}
 	return out
@@ -211,6 +242,8 @@ func (b *Bundle) file(f zipFile) error {
 	case "policy":
 		b.Policy = f.data
 		return nil
+	case "unbroken.json":
+		return b.unbrokenFile(f.data)
 	}
 	p := strings.Split(f.name, "/")
 	if len(p) < 3 {
@@ -230,6 +263,28 @@ func (b *Bundle) file(f zipFile) error {
 		return b.recordFile(n, p[2], f.data)
 	}
 	return fmt.Errorf("has no place in a bundle")
+}
+
+func (b *Bundle) unbrokenFile(data []byte) error {
+	if err := json.Unmarshal(data, &b.Unbroken); err != nil {
+		return err
+	}
+	if len(b.Unbroken) == 0 {
+		return fmt.Errorf("claims nothing")
+	}
+	for i, u := range b.Unbroken {
+		if u.From >= u.To {
+			return fmt.Errorf("stretch %d: from %d must be less than to %d", i, u.From, u.To)
+		}
+		if i > 0 && b.Unbroken[i-1].compare(u) >= 0 {
+			return fmt.Errorf("stretches must come by device, boot epoch and sequence, each once")
+		}
+	}
+	return nil
+}
+
+func (u Unbroken) compare(o Unbroken) int {
+	return cmp.Or(cmp.Compare(u.Device, o.Device), cmp.Compare(u.BootEpoch, o.BootEpoch), cmp.Compare(u.From, o.From))
 }
 
 func (b *Bundle) blockFile(h Height, p []string, data []byte) (err error) {
@@ -280,17 +335,30 @@ func (b *Bundle) blockFile(h Height, p []string, data []byte) (err error) {
 }
 
 func (b *Bundle) recordFile(index uint64, name string, data []byte) (err error) {
-	if name == "envelope" {
+	if name == "envelope" || name == "tombstone" {
 		if n := len(b.Records); n == MaxBundleRecords {
 			return fmt.Errorf("more than %d records", MaxBundleRecords)
 		} else if n > 0 && b.Records[n-1].Index >= index {
 			return fmt.Errorf("records must come by index, each once")
 		}
-		b.Records = append(b.Records, BundleRecord{Index: index, Envelope: data})
+		r := BundleRecord{Index: index}
+		if name == "envelope" {
+			r.Envelope = data
+		} else {
+			l, err := ParseLeaf(data)
+			if err != nil {
+				return err
+			}
+			if l.Class != ClassRecord {
+				return fmt.Errorf("leaf: is no record's")
+			}
+			r.Tombstone = &l
+		}
+		b.Records = append(b.Records, r)
 		return nil
 	}
 	if len(b.Records) == 0 || b.Records[len(b.Records)-1].Index != index {
-		return fmt.Errorf("the record's envelope must come first")
+		return fmt.Errorf("the record's envelope or tombstone must come first")
 	}
 	r := &b.Records[len(b.Records)-1]
 	switch name {

@@ -1,10 +1,12 @@
 package ledger
 
 import (
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -155,6 +157,20 @@ func (f *fields) text(n int, name string) string {
 		return ""
 	}
 	return s
+}
+
+// bytes returns a field of bytes, which JSON has in base64.
+func (f *fields) bytes(n int, name string) []byte {
+	if f.json == nil {
+		return []byte(f.texts[n])
+	}
+	// protojson takes both alphabets, with and without padding.
+	s := strings.NewReplacer("-", "+", "_", "/").Replace(strings.TrimRight(f.text(n, name), "="))
+	b, err := base64.RawStdEncoding.DecodeString(s)
+	if err != nil {
+		return nil
+	}
+	return b
 }
 
 func (f *fields) number(n int, name string) uint64 {

@@ -87,6 +87,9 @@
 //	statement.txt                what the bundle says, for people; it follows from the other files
 //	checkpoint                   the sealed checkpoint
 //	policy                       whose signatures are needed, as the maker says: a hint only
+//	unbroken.json                only where stretches of frames are claimed to be whole: a list of
+//	                             {"device", "boot_epoch", "from", "to"}, indented by one space, newline
+//	                             at the end, by device, boot epoch and from, each once, from < to
 //	blocks/<height>/header       for each block with records in the bundle, by height
 //	blocks/<height>/votes        32-bit length ‖ metadata, then the votes as in [MarshalVotes]
 //	blocks/<height>/proof        tlog-proof of the leaf that commits to the header
@@ -94,6 +97,11 @@
 //	records/<index>/envelope     for each record, by leaf index
 //	records/<index>/salt         32 bytes
 //	records/<index>/proof        tlog-proof of the record's leaf
+//
+// Of a record whose content was let go, by redaction or because its time was over,
+// only its leaf is left:
+//
+//	records/<index>/tombstone    the 34 bytes of the leaf, in the place of envelope and salt
 //
 // Proofs are of https://c2sp.org/tlog-proof, without extra data, each with the
 // same checkpoint. Numbers are decimal without leading zeros. At most 64 MiB and
@@ -113,7 +121,11 @@
 //  4. All votes are valid, by different validators that are active, and at least q.
 //  5. For each record, the leaf of its commitment is at its index, between the
 //     header's previous size (not included) and size; its signer's entry is active
-//     and may sign its kind; the envelope's signature is valid.
+//     and may sign its kind; the envelope's signature is valid. Of a tombstone only
+//     the leaf is at its index: it proves that there was a record, not what it said.
+//  6. For each stretch in unbroken.json, the bundle holds exactly one frame of that
+//     device and boot epoch for each sequence from the first to the last; and the
+//     prev of each but the first is the SHA-256 of the payload of the one before.
 //
 // The statement is for people; this implementation takes only the one that it
 // makes itself of the same content, so that it cannot claim anything else.

@@ -43,7 +43,9 @@ type Report struct {
 	Root    string         `json:"root,omitempty"`
 	Genesis string         `json:"genesis,omitempty"` // SHA-256 of the district's genesis document
 	Records []RecordReport `json:"records,omitempty"`
-	Signers []SignerReport `json:"signers,omitempty"` // of the checkpoint
+	// Unbroken are the stretches of which the bundle holds every frame.
+	Unbroken []Unbroken     `json:"unbroken,omitempty"`
+	Signers  []SignerReport `json:"signers,omitempty"` // of the checkpoint
 	// ExistedBy: everything in the bundle existed no later than this.
 	ExistedBy *time.Time `json:"existed_no_later_than,omitempty"`
 	// NotBefore: logged not before; only an anchor could say, and there is none.
@@ -67,6 +69,9 @@ type RecordReport struct {
 	Key         identity.KeyID      `json:"key_id"`
 	Payload     string              `json:"payload_sha256"`
 	Claims      Claims              `json:"claims"`
+	// LetGo is set of a tombstone: that there was a record is proven, and nothing
+	// of what it said.
+	LetGo bool `json:"let_go,omitempty"`
 }
 
 // SignerReport is one signature on the checkpoint by a key of the policy.
@@ -115,7 +120,7 @@ func VerifyBundle(b []byte, trusted *Policy) (Report, error) {
 		return v.r, f
 	}
 	v.r.Outcome = Pass
-	v.r.Proves = proves
+	v.r.Proves = append(slices.Clone(proves), claimed(v.r.Unbroken)...)
 	if trusted == nil {
 		v.r.Outcome = Untrusted
 		v.r.Proves = nil
@@ -130,11 +135,23 @@ var proves = []string{
 	"everything here existed no later than the time given, unless more than f cosigners of the policy lie",
 }
 
+const leftOut = "that nothing was left out between these records, or that no other record speaks against them"
+
+// notProven is doesNotProve for a bundle with such stretches.
+func notProven(us []Unbroken) []string {
+	if len(us) == 0 {
+		return doesNotProve
+	}
+	out := slices.Clone(doesNotProve)
+	out[slices.Index(out, leftOut)] = "that nothing was left out between these records but in the stretches named, or that no other record speaks against them"
+	return out
+}
+
 var doesNotProve = []string{
 	"that a detector measured what is true: it proves what the device said, not what happened in the street",
 	"when a detector measured: times inside records are the signers' own claims",
 	"not before which time a record was made: there is no earlier anchor in this bundle",
-	"that nothing was left out between these records, or that no other record speaks against them",
+	leftOut,
 	"who held a signing key: a stolen key signs as well as its owner",
 }
 
@@ -188,6 +205,9 @@ func (v *verifier) run(raw []byte) error {
 	if used != len(v.b.Records) {
 		return &Finding{Reason: "blocks: overlap"}
 	}
+	if err := v.unbroken(); err != nil {
+		return err
+	}
 	v.signers(departments)
 	return nil
 }
@@ -235,6 +255,15 @@ func (v *verifier) block(k *BundleBlock, departments map[string]string) (records
 	for i := range v.b.Records {
 		r := &v.b.Records[i]
 		if r.Index <= h.PrevSize || r.Index >= h.Size {
+			continue
+		}
+		if r.Tombstone != nil {
+			if err := CheckInclusion(v.sealed.Checkpoint, r.Index, *r.Tombstone, r.Proof); err != nil {
+				return 0, &Finding{File: fmt.Sprintf("records/%d/", r.Index), Record: &r.Index, Reason: "tombstone: is not what the log holds: " + err.Error()}
+			}
+			v.r.Records = append(v.r.Records, RecordReport{Index: r.Index, Height: h.Height, BlockTime: h.Time, LetGo: true, Claims: Claims{Summary: tombstone}})
+			v.doubt(lettingGo)
+			records++
 			continue
 		}
 		at, err := v.record(r, k, entries)
@@ -333,9 +362,7 @@ func (v *verifier) record(r *BundleRecord, k *BundleBlock, entries map[int64]ide
 		return 0, fmt.Errorf("payload: names importer %.60q, it is signed by %s", by, who)
 	}
 	for _, l := range unproven(e.Kind) {
-		if !slices.Contains(v.r.DoesNotProve, l) {
-			v.r.DoesNotProve = append(slices.Clip(v.r.DoesNotProve), l)
-		}
+		v.doubt(l)
 	}
 	h := sha256.Sum256(e.Payload)
 	v.r.Records = append(v.r.Records, RecordReport{
@@ -343,6 +370,89 @@ func (v *verifier) record(r *BundleRecord, k *BundleBlock, entries map[int64]ide
 		Signer: who, Key: e.Key, Payload: hex.EncodeToString(h[:]), Claims: c,
 	})
 	return at, nil
+}
+
+// doubt adds a line to what the bundle does not prove.
+func (v *verifier) doubt(line string) {
+	if !slices.Contains(v.r.DoesNotProve, line) {
+		v.r.DoesNotProve = append(slices.Clip(v.r.DoesNotProve), line)
+	}
+}
+
+// tombstone is what is said of a record that was let go.
+const tombstone = "a record whose content was let go; only its place in the log is left"
+
+const lettingGo = "why a record's content was let go, unless a redaction or a receipt of deletion is among the records"
+
+// claimed says what stretches prove.
+func claimed(us []Unbroken) []string {
+	var out []string
+	for _, u := range us {
+		out = append(out, fmt.Sprintf("nothing that device %q signed between its frames %d and %d (start %d) is left out: all are here, and each bears the hash of the one before",
+			u.Device, u.From, u.To, u.BootEpoch))
+	}
+	return out
+}
+
+// unbroken verifies the claims that nothing was left out. Signatures were checked
+// before: that a frame names its signer, too.
+func (v *verifier) unbroken() error {
+	if len(v.b.Unbroken) == 0 {
+		return nil
+	}
+	const file = "unbroken.json"
+	type key struct {
+		device    string
+		boot, seq uint64
+	}
+	type link struct {
+		record *BundleRecord
+		prev   []byte
+		hash   Hash // of the payload
+	}
+	links := map[key]link{}
+	for i := range v.b.Records {
+		r := &v.b.Records[i]
+		e, err := identity.ParseEnvelope(r.Envelope)
+		if err != nil || e.Kind != identity.KindFrame {
+			continue // tombstones and other kinds
+		}
+		f, ok := readFields(e)
+		if !ok {
+			continue
+		}
+		k := key{f.text(3, "device"), f.number(4, "bootEpoch"), f.number(5, "seq")}
+		if other, ok := links[k]; ok {
+			return &Finding{File: file, Record: &r.Index, Reason: fmt.Sprintf("device %q signed another frame %d of start %d, record %d", k.device, k.seq, k.boot, other.record.Index)}
+		}
+		links[k] = link{r, f.bytes(6, "prev"), sha256.Sum256(e.Payload)}
+	}
+	for _, u := range v.b.Unbroken {
+		if u.To-u.From >= uint64(len(links)) {
+			return &Finding{File: file, Reason: fmt.Sprintf("frames %d to %d of device %q are claimed; the bundle holds %d frames", u.From, u.To, u.Device, len(links))}
+		}
+		for seq := u.From; seq <= u.To; seq++ {
+			l, ok := links[key{u.Device, u.BootEpoch, seq}]
+			if !ok {
+				return &Finding{File: file, Reason: fmt.Sprintf("frame %d of device %q, start %d, is left out", seq, u.Device, u.BootEpoch)}
+			}
+			if seq == u.From {
+				continue
+			}
+			before := links[key{u.Device, u.BootEpoch, seq - 1}]
+			if !bytes.Equal(l.prev, before.hash[:]) {
+				return &Finding{File: file, Record: &l.record.Index, Reason: fmt.Sprintf("frame %d does not bear the hash of frame %d, record %d: the chain is broken between them", seq, seq-1, before.record.Index)}
+			}
+		}
+	}
+	v.r.Unbroken = v.b.Unbroken
+	for i, l := range v.r.DoesNotProve {
+		if l == leftOut {
+			v.r.DoesNotProve = slices.Clone(v.r.DoesNotProve)
+			v.r.DoesNotProve[i] = notProven(v.r.Unbroken)[slices.Index(doesNotProve, leftOut)]
+		}
+	}
+	return nil
 }
 
 // importer returns the name that an import gives its signer.
@@ -436,6 +546,10 @@ func (r *Report) Text() string {
 		return b.String()
 	}
 	for _, rec := range r.Records {
+		if rec.LetGo {
+			fmt.Fprintf(&b, "\nrecord %d: %s\n  agreed in block %d at %s (quorum's clock)\n", rec.Index, rec.Claims.Summary, rec.Height, rec.BlockTime.UTC().Format(timeForm))
+			continue
+		}
 		fmt.Fprintf(&b, "\nrecord %d: %s\n  signed by %s, key %s\n  agreed in block %d at %s (quorum's clock)\n",
 			rec.Index, rec.Claims.Summary, rec.Signer, rec.Key, rec.Height, rec.BlockTime.UTC().Format(timeForm))
 		if rec.Claims.Time != nil {
@@ -501,12 +615,15 @@ func (b *Bundle) statement() string {
 		"where FILE is the district's policy as you got it from someone you trust. The policy\n" +
 		"inside the bundle is only a hint: whoever forges a bundle forges that, too.\n\nRecords:\n")
 	for _, r := range b.Records {
-		e, err := identity.ParseEnvelope(r.Envelope)
-		if err != nil {
+		switch e, err := identity.ParseEnvelope(r.Envelope); {
+		case r.Tombstone != nil:
+			fmt.Fprintf(&s, "- %d: %s", r.Index, tombstone)
+		case err != nil:
 			fmt.Fprintf(&s, "- %d: not readable\n", r.Index)
 			continue
+		default:
+			fmt.Fprintf(&s, "- %d: %s, signed with key %s", r.Index, Describe(e).Summary, e.Key)
 		}
-		fmt.Fprintf(&s, "- %d: %s, signed with key %s", r.Index, Describe(e).Summary, e.Key)
 		for _, k := range b.Blocks {
 			if r.Index > k.Header.PrevSize && r.Index < k.Header.Size {
 				fmt.Fprintf(&s, ", in block %d of %s", k.Header.Height, k.Header.Time.Format(timeForm))
@@ -523,8 +640,11 @@ func (b *Bundle) statement() string {
 			fmt.Fprintf(&s, "- %s\n", f[1])
 		}
 	}
-	not := doesNotProve
+	not := notProven(b.Unbroken)
 	for _, r := range b.Records {
+		if r.Tombstone != nil && !slices.Contains(not, lettingGo) {
+			not = append(slices.Clip(not), lettingGo)
+		}
 		if e, err := identity.ParseEnvelope(r.Envelope); err == nil {
 			for _, l := range unproven(e.Kind) {
 				if !slices.Contains(not, l) {
@@ -534,7 +654,7 @@ func (b *Bundle) statement() string {
 		}
 	}
 	fmt.Fprintf(&s, "\nIf it verifies, it proves:\n- %s\n\nIt does not prove:\n- %s\n",
-		strings.Join(proves, "\n- "), strings.Join(not, "\n- "))
+		strings.Join(append(slices.Clone(proves), claimed(b.Unbroken)...), "\n- "), strings.Join(not, "\n- "))
 	return s.String()
 }
 
