@@ -52,5 +52,29 @@ func (c *Chain) Folder(sealed int) map[string][]byte {
 		history(at.Marshal())
 		out["log/checkpoint"] = note
 	}
+	if b := c.succession(); b != nil {
+		out["succession.json"] = b
+	}
 	return out
+}
+
+// succession returns the document that sealing writes when validators change, nil
+// where they have not.
+func (c *Chain) succession() []byte {
+	s := must(ledger.NewSuccession(&c.Genesis, must(ledger.ParsePolicy(c.Policy))))
+	for i, b := range c.Blocks {
+		after := c.Registry
+		if i+1 < len(c.Blocks) {
+			after = c.Judged[i+1]
+		}
+		if after.MembersSince() == uint64(b.Header.Height) {
+			if err := s.Change(b.Header.Height, after.Validators()); err != nil {
+				panic(err)
+			}
+		}
+	}
+	if len(s.Sets()) == 1 {
+		return nil
+	}
+	return ledger.MarshalSuccession(s)
 }
