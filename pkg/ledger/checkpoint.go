@@ -142,12 +142,13 @@ func CosignatureInput(body string, at time.Time) []byte {
 	return fmt.Appendf(nil, "cosignature/v1\ntime %d\n%s", at.Unix(), body)
 }
 
-// Verify checks a cosignature as it stands in a note, after the key hash.
+// Verify checks a cosignature as it stands in a note, after the key hash. The note
+// may be any log's: see [ParseForeign].
 func (c *Cosigner) Verify(msg, sig []byte) bool {
 	if len(sig) != cosignatureSize-4 || binary.BigEndian.Uint64(sig) > math.MaxInt64 {
 		return false
 	}
-	if _, err := ParseCheckpoint(string(msg)); err != nil {
+	if _, err := ParseForeign(string(msg)); err != nil {
 		return false
 	}
 	at := time.Unix(int64(binary.BigEndian.Uint64(sig)), 0)
