@@ -141,6 +141,12 @@ type Config struct {
 	// snapshot of the state that f+1 others have signed. Default 2000; negative:
 	// only where the payloads are gone.
 	SnapshotBeyond int
+	// ServeRequests and ServeBytes are how many requests for blocks, snapshots and
+	// the like, and how many bytes of answers, one asker is given a second; for two
+	// seconds' worth at once. Each other member has so much to itself, and all who
+	// are no members have twice that together. Defaults 200 and 32 MiB.
+	ServeRequests int
+	ServeBytes    int64
 	// Features lists the features of the state machine that this build knows. Where
 	// the registry has another one in force the validator ends. Optional:
 	// [identity.Features]; a test may be a build of before.
@@ -182,6 +188,9 @@ func (c Config) Validate() error {
 	}
 	if c.SnapshotEvery < 0 {
 		bad("SnapshotEvery: must not be negative")
+	}
+	if c.ServeRequests < 0 || c.ServeBytes < 0 {
+		bad("ServeRequests, ServeBytes: must not be negative")
 	}
 	t := c.Timing.withDefaults()
 	for name, d := range map[string]time.Duration{

@@ -27,9 +27,23 @@ const (
 )
 
 // serveBlocks answers anyone who asks for decided blocks: they prove themselves;
-// and for snapshots and registries, which others must vouch for.
+// and for snapshots and registries, which others must vouch for. How much of it,
+// see [serving].
 func (v *Validator) serveBlocks(ctx context.Context) error {
+	s := newServing(v.c.Number, v.core.state.genesis, float64(v.c.ServeRequests), float64(v.c.ServeBytes), v.core.members)
 	return v.c.Bus.Serve(ctx, topic.Sync(v.c.District, v.c.Number), "", func(ctx context.Context, m *bus.Msg) []byte {
+		who, wait, quiet := s.admit(time.Now(), m)
+		if wait > 0 {
+			v.count.limited.Add(1)
+			if quiet {
+				return nil
+			}
+			b, err := proto.Marshal(&pb.SyncResponse{LastHeight: uint64(v.core.store.height()), WaitMs: uint32(min(wait.Milliseconds()+1, 60_000))})
+			if err != nil {
+				v.log.Error("cannot answer a peer", "err", err)
+			}
+			return b
+		}
 		var req pb.SyncRequest
 		if err := wire.Decode(identity.Protobuf, m.Data, &req); err != nil {
 			v.count.invalid.Add(1)
@@ -45,6 +59,8 @@ func (v *Validator) serveBlocks(ctx context.Context) error {
 			v.log.Error("cannot answer a peer", "err", err)
 			return nil
 		}
+		s.gave(time.Now(), who, len(b))
+		v.count.served.Add(uint64(len(b)))
 		return b
 	})
 }
@@ -119,7 +135,7 @@ func (v *Validator) newFetcher() *fetcher {
 			if v.cut != nil && v.cut(peer) {
 				return nil, errors.New("cut off")
 			}
-			return v.c.Bus.Request(ctx, topic.Sync(v.c.District, peer), req)
+			return v.ask(ctx, topic.Sync(v.c.District, peer), peer, req)
 		}}
 }
 
@@ -178,14 +194,38 @@ type answer struct {
 	resp *pb.SyncResponse
 }
 
-// request asks one peer. It returns nil where there is no use in asking it again.
+// waitsMost bounds how often a peer may put one request off, waitMost for how
+// long in all, in times of [fetcher.wait].
+const (
+	waitsMost = 20
+	waitMost  = 8
+)
+
+// request asks one peer, again where it says that it will answer later. It
+// returns nil where there is no use in asking it again.
 func (f *fetcher) request(ctx context.Context, peer uint64, req *pb.SyncRequest) *pb.SyncResponse {
-	ctx, cancel := context.WithTimeout(ctx, f.wait)
-	defer cancel()
 	b, err := proto.Marshal(req)
 	if err != nil {
 		return nil // unreachable: there is nothing in it that cannot be encoded
 	}
+	for waits, left := 0, waitMost*f.wait; ; waits++ {
+		resp := f.requestOnce(ctx, peer, b)
+		if resp == nil || resp.WaitMs == 0 {
+			return resp
+		}
+		wait := max(time.Duration(resp.WaitMs)*time.Millisecond, time.Millisecond)
+		if left -= wait; left < 0 || waits >= waitsMost {
+			return nil
+		}
+		if pause(ctx, wait) != nil {
+			return nil
+		}
+	}
+}
+
+func (f *fetcher) requestOnce(ctx context.Context, peer uint64, b []byte) *pb.SyncResponse {
+	ctx, cancel := context.WithTimeout(ctx, f.wait)
+	defer cancel()
 	var resp pb.SyncResponse
 	data, err := f.ask(ctx, peer, b)
 	if err != nil {

@@ -505,7 +505,7 @@ func (v *Validator) have(ctx context.Context, m *members, h ledger.Height) int {
 	for _, val := range m.validators {
 		wg.Go(func() {
 			var resp pb.SyncResponse
-			b, err := v.c.Bus.Request(ctx, topic.Sync(v.c.District, val.Number), req)
+			b, err := v.ask(ctx, topic.Sync(v.c.District, val.Number), val.Number, req)
 			if err == nil && wire.Decode(identity.Protobuf, b, &resp) == nil && resp.LastHeight >= uint64(h) {
 				n.Add(1)
 			}

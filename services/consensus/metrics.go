@@ -19,7 +19,7 @@ type counters struct {
 	cosigned, cosignRefused, published, publishRetries, badReq atomic.Uint64
 	gone                                                       atomic.Uint64
 	elsewhere, strangers, forks                                atomic.Uint64
-	limited, forkedSeals                                       atomic.Uint64
+	limited, served, forkedSeals                               atomic.Uint64
 	purged, headers, taken, falseAnswers, falseSnapshots       atomic.Uint64
 
 	mu      sync.Mutex
@@ -82,8 +82,9 @@ type Stats struct {
 	// does not fit together with another that they cosigned.
 	ForkedSeals uint64
 	// Limited counts requests for blocks, snapshots and the like that were put off,
-	// and seals not looked at, as there were too many; see serving.
-	Limited uint64
+	// and seals not looked at, as there were too many; Served the bytes of the
+	// requests that were answered.
+	Limited, Served uint64
 	// Members is the height of the block that made the validators what they are, 0
 	// for genesis; Validators are their numbers.
 	Members    ledger.Height
@@ -114,7 +115,7 @@ func (c *counters) stats() Stats {
 		Elsewhere: c.elsewhere.Load(), Strangers: c.strangers.Load(), Forks: c.forks.Load(),
 		PublishRetries: c.publishRetries.Load(), BadRequests: c.badReq.Load(), Gone: c.gone.Load(),
 		Headers: c.headers.Load(), Snapshots: c.taken.Load(), FalseAnswers: c.falseAnswers.Load(), FalseSnapshots: c.falseSnapshots.Load(),
-		Purged: c.purged.Load(), Limited: c.limited.Load(), ForkedSeals: c.forkedSeals.Load(),
+		Purged: c.purged.Load(), Limited: c.limited.Load(), Served: c.served.Load(), ForkedSeals: c.forkedSeals.Load(),
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -30,6 +30,7 @@ type Validator struct {
 	publisher *publisher
 	evidence  *evidenceLog
 	seals     *sealBook
+	asking    asking
 	answers   chan metFrom
 	running   atomic.Bool
 	ctx       context.Context // of Run, for the engine's calls, which bring none
@@ -80,6 +81,12 @@ func New(c Config) (*Validator, error) {
 	}
 	if c.SnapshotBeyond == 0 {
 		c.SnapshotBeyond = 2000
+	}
+	if c.ServeRequests == 0 {
+		c.ServeRequests = 200
+	}
+	if c.ServeBytes == 0 {
+		c.ServeBytes = 32 << 20
 	}
 	return &Validator{c: c, log: c.Logger, ready: make(chan struct{}), moved: make(chan struct{})}, nil
 }

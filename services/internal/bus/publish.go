@@ -25,6 +25,8 @@ type Msg struct {
 	Data []byte
 	// Header is optional. It must not be changed once the message is published.
 	Header nats.Header
+	// Reply is, of a request that came in, where its answer goes.
+	Reply string
 
 	// Set on messages from a stream.
 

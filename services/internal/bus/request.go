@@ -81,7 +81,7 @@ func (b *Bus) Serve(ctx context.Context, subject, queue string, handle func(ctx 
 	return b.subscribe(ctx, subject, queue, func(m *nats.Msg) {
 		// Requests that have arrived are answered also after ctx has ended.
 		rctx := Extract(context.WithoutCancel(ctx), m.Header)
-		answer := handle(rctx, &Msg{Subject: m.Subject, Data: m.Data, Header: m.Header})
+		answer := handle(rctx, &Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, Reply: m.Reply})
 		if answer == nil || m.Reply == "" {
 			return
 		}
