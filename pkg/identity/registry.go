@@ -45,6 +45,10 @@ const (
 	TypeRetention EntryType = "retention"
 	TypeHold      EntryType = "hold"
 	TypeRedaction EntryType = "redaction"
+	// TypeAccess has one entry, [AccessID]: see [AccessPolicy]. A client acts for
+	// an agency: see [Client].
+	TypeAccess EntryType = "access"
+	TypeClient EntryType = "client"
 )
 
 // A plan has no type: it is part of its junction's definition, which is checked
@@ -53,7 +57,7 @@ const (
 // known reports whether t is one of the types above.
 func known(t EntryType) bool {
 	switch t {
-	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance, TypeFeature, TypeRetention, TypeHold, TypeRedaction:
+	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance, TypeFeature, TypeRetention, TypeHold, TypeRedaction, TypeAccess, TypeClient:
 		return true
 	}
 	return false
@@ -330,7 +334,7 @@ func passOf(t EntryType) int {
 	switch t {
 	case TypeJunction:
 		return 0
-	case TypeGovernance:
+	case TypeGovernance, TypeClient: // of officials, of agencies
 		return 2
 	}
 	return 1
@@ -454,7 +458,7 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to %d bytes without control characters", id, MaxID)
 	}
 	old, exists := r.entries[entryKey(t, id)]
-	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator || t == TypeFeature || t == TypeRetention
+	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator || t == TypeFeature || t == TypeRetention || t == TypeAccess || t == TypeClient
 	if exists && (old.Status == Revoked || !replace) {
 		return kind.Errorf(kind.Conflict, "id: %s %q was used before; ids are never used again", t, id)
 	}
@@ -573,6 +577,10 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 			return err
 		}
 		done = set
+	case TypeAccess, TypeClient:
+		if err := r.putAccess(height, t, id, body); err != nil {
+			return err
+		}
 	case TypeFeature:
 		set, err := r.putFeature(height, id, body)
 		if err != nil {
@@ -638,7 +646,7 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 	if e.Status == Revoked {
 		return kind.Errorf(kind.Conflict, "id: %s %q is revoked already", t, id)
 	}
-	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator && t != TypeFeature && t != TypeHold {
+	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator && t != TypeFeature && t != TypeHold && t != TypeClient {
 		return kind.Errorf(kind.Invalid, "type: a %.20s cannot be revoked", string(t))
 	}
 	if t == TypeValidator {
