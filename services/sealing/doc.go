@@ -14,7 +14,8 @@
 //	DIR/log/blocks/        journal: every block without payloads, record = height − 1
 //	DIR/log/checkpoints/   every sealed checkpoint with its height
 //	DIR/log/tmp/           files being written
-//	DIR/payload/record/    envelopes and salts, apart, so that they can be let go
+//	DIR/payload/<class>/   envelopes and salts, apart, so that they can be let go:
+//	                       see services/internal/payload
 //
 // Journals and payloads are in the form of pkg/ledger/segment, their records in
 // that of [ledger.Decided], [ledger.SealedAt] and [ledger.Payload].

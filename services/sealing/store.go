@@ -13,6 +13,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/services/internal/decided"
+	"github.com/stopline-traffic/stopline/services/internal/payload"
 	"github.com/stopline-traffic/stopline/services/internal/seglog"
 )
 
@@ -43,7 +44,8 @@ type Store struct {
 	policy  *ledger.Policy
 	files   *files
 
-	payloads, blocks, history *seglog.Log
+	payloads        *payload.Disk
+	blocks, history *seglog.Log
 
 	mu    sync.Mutex // guards what follows
 	tiler *ledger.Tiler
@@ -67,7 +69,6 @@ const (
 	logDir     = "log"
 	blocksDir  = "log/blocks"
 	historyDir = "log/checkpoints"
-	payloadDir = "payload/record"
 )
 
 // Files of the log that are replaced whole, below logDir.
@@ -105,11 +106,14 @@ func OpenStore(o StoreOptions) (_ *Store, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
+	if s.payloads, err = payload.Open(o.Dir, payload.Options{SegmentBytes: o.SegmentBytes, Hook: o.Hook}); err != nil {
+		return nil, err
+	}
 	so := seglog.Options{SegmentBytes: o.SegmentBytes, Hook: o.Hook}
 	for _, l := range []struct {
 		log **seglog.Log
 		dir string
-	}{{&s.payloads, payloadDir}, {&s.blocks, blocksDir}, {&s.history, historyDir}} {
+	}{{&s.blocks, blocksDir}, {&s.history, historyDir}} {
 		if *l.log, err = seglog.Open(filepath.Join(o.Dir, l.dir), so); err != nil {
 			return nil, err
 		}
@@ -178,8 +182,12 @@ func (s *Store) recover() error {
 		return err
 	}
 	if s.head != nil {
-		if want := s.head.Size - uint64(s.head.Height); s.payloads.Next() < want {
-			return fmt.Errorf("payload store: ends at record %d, the journal has %d", s.payloads.Next(), want)
+		have, err := s.payloads.Count(s.head.Size)
+		if err != nil {
+			return err
+		}
+		if want := s.head.Size - uint64(s.head.Height); have != want {
+			return fmt.Errorf("payload store: has had %d records up to block %d, the journal %d", have, s.head.Height, want)
 		}
 	}
 	return nil
@@ -237,7 +245,18 @@ func (s *Store) Append(blocks ...*decided.Block) error {
 	if len(blocks) == 0 {
 		return nil
 	}
-	var payloads, journal [][]byte
+	next, size := ledger.Height(1), uint64(0)
+	if last := s.Resume(); last != nil {
+		next, size = last.Header.Height+1, last.Header.Size
+	}
+	for _, b := range blocks { // before anything is written
+		if h := b.Header; h.Height != next || h.PrevSize != size {
+			return fmt.Errorf("block %d on a log of %d entries: block %d on %d is due", h.Height, h.PrevSize, next, size)
+		}
+		next, size = next+1, b.Header.Size
+	}
+	var payloads []*ledger.Payload
+	var journal [][]byte
 	if err := s.succeed(blocks); err != nil {
 		return err
 	}
@@ -245,8 +264,8 @@ func (s *Store) Append(blocks ...*decided.Block) error {
 		d := ledger.Decided{Block: b.Block, Verdicts: b.Verdicts}
 		if b.Purged { // nobody has the payloads any more: their places stay empty
 			for i := range b.Leaves[1:] {
-				p := ledger.Payload{Index: b.Header.PrevSize + 1 + uint64(i), Height: b.Header.Height, Received: time.Unix(0, 0)}
-				payloads = append(payloads, p.Marshal())
+				p := ledger.Payload{Index: b.Header.PrevSize + 1 + uint64(i), Height: b.Header.Height}
+				payloads = append(payloads, p.Erased())
 			}
 			d.Verdicts = nil
 		}
@@ -258,23 +277,13 @@ func (s *Store) Append(blocks ...*decided.Block) error {
 			if !r.Accepted {
 				continue // it has no leaf
 			}
-			p := ledger.Payload{Index: r.Index, Height: b.Header.Height, Received: r.ReceivedAt, Salt: r.Salt, Envelope: r.Raw}
-			payloads = append(payloads, p.Marshal())
+			payloads = append(payloads, &ledger.Payload{Index: r.Index, Height: b.Header.Height, Received: r.ReceivedAt, Salt: r.Salt, Envelope: r.Raw})
 		}
 	}
 	// A crash between the two appends leaves payloads of blocks that are not
-	// journalled; the same blocks come again.
+	// journalled; the same blocks come again, and the store knows its own.
 	first := blocks[0].Header
-	begin := first.PrevSize + 1 - uint64(first.Height)
-	switch have := s.payloads.Next(); {
-	case have < begin:
-		return fmt.Errorf("payload store: ends at record %d, record %d is due", have, begin)
-	case have-begin <= uint64(len(payloads)):
-		payloads = payloads[have-begin:]
-	default:
-		payloads = nil
-	}
-	if _, err := s.payloads.Append(payloads...); err != nil {
+	if err := s.payloads.Put(payloads...); err != nil {
 		return err
 	}
 	if at, err := s.blocks.Append(journal...); err != nil {
@@ -484,7 +493,10 @@ func (s *Store) Last() (note []byte, h ledger.Height, err error) {
 // Close closes the files. Everything is durable already.
 func (s *Store) Close() error {
 	var errs []error
-	for _, l := range []*seglog.Log{s.payloads, s.blocks, s.history} {
+	if s.payloads != nil {
+		errs = append(errs, s.payloads.Close())
+	}
+	for _, l := range []*seglog.Log{s.blocks, s.history} {
 		if l != nil {
 			errs = append(errs, l.Close())
 		}
