@@ -130,6 +130,7 @@ type Unit struct {
 	log   *slog.Logger
 	rules timing.Rules
 	local timing.Controller
+	self  SelfDriver // nil where the unit drives the lamps
 
 	mu        sync.Mutex // guards everything below, and the driver
 	sequencer *timing.Sequencer
@@ -183,7 +184,7 @@ func New(now time.Time, c Config) (*Unit, error) {
 	}
 	u := &Unit{
 		cfg: c, log: c.Logger, rules: c.Rules, mode: traffic.Local, seq: c.LastCommand,
-		inForce: c.StaleAfter, tickAt: now, sensedAt: now,
+		inForce: c.StaleAfter, tickAt: now, sensedAt: now, self: selfDriver(c.Driver), shownAt: now,
 		counters: Counters{Refused: map[Rule]uint64{}},
 	}
 	if c.Local != nil {
@@ -241,10 +242,12 @@ func (u *Unit) Tick(now time.Time) (Ticked, error) {
 	u.decide(now)
 	show, trip := u.monitor.Filter(now, u.sequencer.Next(now))
 	if trip != nil {
-		u.counters.Trips++
-		u.setMode(now, traffic.Tripped)
-		u.note(now, eventFlash, flashFaultMonitor)
-		u.log.Error("the interlock has tripped", "intersection", u.cfg.Junction.ID, "rule", trip.Rule, "err", trip.Detail)
+		u.tripped(now, trip)
+	}
+	if u.self != nil {
+		t, err := u.supervise(now, show, trip)
+		t.ModeChanged = u.mode != was
+		return t, err
 	}
 	t := Ticked{Shown: show, Trip: trip, ModeChanged: u.mode != was}
 	err := u.cfg.Driver.Show(show)
@@ -257,6 +260,13 @@ func (u *Unit) Tick(now time.Time) (Ticked, error) {
 		u.before, u.shownAt, u.shown = u.shown, now, show
 	}
 	return t, nil
+}
+
+func (u *Unit) tripped(now time.Time, trip *interlock.Trip) {
+	u.counters.Trips++
+	u.setMode(now, traffic.Tripped)
+	u.note(now, eventFlash, flashFaultMonitor)
+	u.log.Error("the interlock has tripped", "intersection", u.cfg.Junction.ID, "rule", trip.Rule, "err", trip.Detail)
 }
 
 // retake begins again from what the lamps show, after they did not take what
@@ -411,6 +421,13 @@ const lampsFollow = 1500 * time.Millisecond
 // signal is what the lamps were seen to show, or were told to where they cannot
 // be seen.
 func (u *Unit) signal(now time.Time) traffic.Signal {
+	if u.self != nil {
+		s := u.seenSignal(now)
+		if t := u.monitor.Tripped(); t != nil {
+			s.Stage, s.Trip = -1, cut(t.String())
+		}
+		return s
+	}
 	s := u.sequencer.Signal(now)
 	s.State, s.Mode = u.shown, u.mode
 	switch seen, err := u.cfg.Driver.Observed(); {
@@ -449,6 +466,9 @@ func (u *Unit) Status(now time.Time) Status {
 	defer u.mu.Unlock()
 	s := u.sequencer.Signal(now)
 	s.State, s.Mode = u.shown, u.mode
+	if u.self != nil {
+		s = u.seenSignal(now)
+	}
 	if t := u.monitor.Tripped(); t != nil {
 		s.Stage, s.Trip = -1, cut(t.String())
 	}
