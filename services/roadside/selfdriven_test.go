@@ -101,25 +101,29 @@ func TestControllerDrivesItsLamps(t *testing.T) {
 
 	// Two groups that conflict, green together: 190 ms of it are borne, half a
 	// second is not.
-	var wrong []byte
-	for wrong == nil {
-		s.step(nil)
-		for g := range f.j.Groups {
-			if u.Status(s.city.Now()).Signal.Stage >= 0 && f.lamps.At(g).Go() && len(f.j.Conflicts[g]) > 0 {
-				wrong = []byte(f.lamps)
-				wrong[f.j.Conflicts[g][0]] = 'G'
-				break
+	conflicting := func() traffic.State {
+		for since := 0; ; since++ {
+			s.step(nil)
+			if u.Status(s.city.Now()).Signal.Stage < 0 {
+				since = 0
+			}
+			for g := range f.j.Groups {
+				if f.lamps.At(g).Go() && len(f.j.Conflicts[g]) > 0 && since > 1 && u.Status(s.city.Now()).Signal.SinceMS < 3000 {
+					b := []byte(f.lamps)
+					b[f.j.Conflicts[g][0]] = 'G'
+					return traffic.State(b)
+				}
 			}
 		}
 	}
-	f.lies = traffic.State(wrong)
+	f.lies = conflicting()
 	s.step(nil)
 	f.lies = ""
 	s.run(200*time.Millisecond, nil)
 	if c := u.Counters(); c.Trips != 0 {
 		t.Fatalf("got %d trips after a glitch of 100 ms", c.Trips)
 	}
-	f.lies, f.deaf = traffic.State(wrong), errors.New("cable cut")
+	f.lies, f.deaf = conflicting(), errors.New("cable cut")
 	began := s.city.Now()
 	var trip *interlock.Trip
 	for trip == nil && s.city.Now().Sub(began) < 5*time.Second {
