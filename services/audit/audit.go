@@ -1,10 +1,3 @@
-// Package audit answers what the log holds and proves it: it reads the data
-// folder that sealing writes (see there), without changing anything, and makes
-// evidence bundles of pkg/ledger's form.
-//
-// What it keeps in memory is an index of the newest records and the registry's
-// changes. Both are made from the folder when it starts, and follow it: on each
-// announced seal, and by looking every second.
 package audit
 
 import (
@@ -12,30 +5,29 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
-	"sort"
 	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
-	"github.com/stopline-traffic/stopline/pkg/kind"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
-	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/internal/bus"
+	"github.com/stopline-traffic/stopline/services/internal/payload"
 	"github.com/stopline-traffic/stopline/services/internal/seglog"
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
 
 // Config of a [Service].
 type Config struct {
-	// Bus on which seals are announced. Optional: without it new records are found
-	// after Poll.
+	// Bus on which seals and other parties' checkpoints are heard, and alarms are
+	// told. Optional: without it new records are found after Poll.
 	Bus *bus.Bus
 	// Dir is the data folder of sealing, which may be written at the same time.
 	// Required.
@@ -43,11 +35,14 @@ type Config struct {
 	// GenesisJSON and Policy are the district's documents: the genesis document and
 	// the tlog-policy file, which is also put into bundles as a hint. Required.
 	GenesisJSON, Policy []byte
+	// Memory is the folder in which the auditor keeps what it has seen of the log.
+	// Where somebody may set Dir back, it should be elsewhere. Dir/audit.
+	Memory string
 	// Poll is how often to look for new records without being told. 1 s.
 	Poll time.Duration
-	// MaxRecords is how many of the newest records can be found by kind and
-	// junction; older ones still have evidence, by their index. 100,000.
-	MaxRecords int
+	// Patience is how long what a checkpoint covers may be missing here before
+	// that is an alarm. 20 s; at most 50 s.
+	Patience time.Duration
 	// Logger is optional.
 	Logger *slog.Logger
 }
@@ -64,24 +59,13 @@ func (c *Config) Validate() error {
 	if _, err := ledger.ParsePolicy(c.Policy); err != nil {
 		errs = append(errs, fmt.Errorf("audit: Policy: %w", err))
 	}
-	if c.Poll < 0 || c.MaxRecords < 0 {
-		errs = append(errs, errors.New("audit: Poll, MaxRecords: must not be negative"))
+	if c.Poll < 0 || c.Poll > maxPatience {
+		errs = append(errs, fmt.Errorf("audit: Poll: %v, must be 0 to %v", c.Poll, maxPatience))
+	}
+	if c.Patience < 0 || c.Patience > maxPatience {
+		errs = append(errs, fmt.Errorf("audit: Patience: %v, must be 0 to %v", c.Patience, maxPatience))
 	}
 	return errors.Join(errs...)
-}
-
-// Record is one line of the index. What it says beside Index, Height and Kind is
-// the signer's word.
-type Record struct {
-	Index    uint64              `json:"index"`
-	Height   ledger.Height       `json:"height"`
-	Kind     identity.RecordKind `json:"kind"`
-	Junction traffic.JunctionID  `json:"junction,omitempty"`
-	Device   traffic.DeviceID    `json:"device,omitempty"`
-	Seq      uint64              `json:"seq,omitempty"`
-	Time     time.Time           `json:"time"` // of the record, or else of its block
-	// Provable: a bundle can be had now.
-	Provable bool `json:"provable"`
 }
 
 // change is one registry change that was agreed.
@@ -106,27 +90,34 @@ type Service struct {
 	c       Config
 	log     *slog.Logger
 	genesis *identity.Genesis
+	policy  *ledger.Policy
 	hash    ledger.Hash
-	// succession is who decided which blocks; guarded by mu.
+	index   *index
+	watch   *watch
+
+	refreshing sync.Mutex // one refresh at a time; taken before files and mu
+	at         place      // up to where the index has come; guarded by refreshing
+
+	files           sync.RWMutex // guards what is open, not what is in it; taken before mu
+	payloads        *payload.Disk
+	blocks, history *seglog.Log
+
+	mu         sync.RWMutex // guards what follows
+	now        place        // a copy of at
+	changes    []change
+	versions   []version // by height; the first is genesis
 	succession *ledger.Succession
-
-	refreshing                sync.Mutex // one refresh at a time; taken before mu
-	payloads, blocks, history *seglog.Log
-
-	mu       sync.RWMutex // guards what follows
-	sizes    []uint64     // log size after block i+1
-	parent   ledger.Hash  // of the next block
-	records  []Record     // by index; a ring from oldest on when full
-	oldest   int
-	changes  []change
-	versions []version // by height; the first is genesis
-	sealed   *ledger.Sealed
-	sealers  ledger.Council // who cosigned note
-	note     []byte
+	sealed     *ledger.Sealed
+	sealers    ledger.Council // who cosigned note
+	note       []byte
 }
 
-// New opens the folder and reads it once. A folder that sealing has not made yet
-// is empty.
+// errDistrict says that the folder belongs to another district.
+var errDistrict = errors.New("the data folder is another district's")
+
+// New opens the folder and reads what is new since the index was last written. A
+// folder that sealing has not made yet is empty. One that is damaged is no error:
+// it is an alarm, see [Service.Alarms].
 func New(c Config) (*Service, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
@@ -134,8 +125,11 @@ func New(c Config) (*Service, error) {
 	if c.Poll == 0 {
 		c.Poll = time.Second
 	}
-	if c.MaxRecords == 0 {
-		c.MaxRecords = 100_000
+	if c.Patience == 0 {
+		c.Patience = 20 * time.Second
+	}
+	if c.Memory == "" {
+		c.Memory = filepath.Join(c.Dir, "audit")
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -145,100 +139,183 @@ func New(c Config) (*Service, error) {
 	if s.genesis, err = identity.ParseGenesis(c.GenesisJSON); err != nil {
 		return nil, err
 	}
-	policy, err := ledger.ParsePolicy(c.Policy)
-	if err != nil {
+	if s.policy, err = ledger.ParsePolicy(c.Policy); err != nil {
 		return nil, err
 	}
-	if s.succession, err = ledger.NewSuccession(s.genesis, policy); err != nil {
-		return nil, err
+	if b, err := os.ReadFile(filepath.Join(c.Dir, "genesis.json")); err == nil && sha256.Sum256(b) != s.hash {
+		return nil, fmt.Errorf("audit: %w", errDistrict)
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("audit: %w", err)
 	}
-	reg, err := identity.NewRegistry(s.genesis)
-	if err != nil {
-		return nil, err
+	ctx := context.Background()
+	var fresh bool
+	if s.index, fresh, err = openIndex(ctx, filepath.Join(c.Dir, indexFile)); err != nil {
+		return nil, fmt.Errorf("audit: %w", err)
 	}
-	reg.Hash()
-	s.parent, s.versions = s.hash, []version{{0, reg}}
-	for _, l := range []struct {
-		log **seglog.Log
-		dir string
-	}{{&s.payloads, "payload/record"}, {&s.blocks, "log/blocks"}, {&s.history, "log/checkpoints"}} {
-		if *l.log, err = seglog.OpenReader(filepath.Join(c.Dir, l.dir)); err != nil {
-			return nil, errors.Join(fmt.Errorf("audit: %w", err), s.Close())
-		}
+	if fresh {
+		s.log.Info("audit: the index is made from log and payloads")
 	}
-	if err := s.Refresh(); err != nil {
+	if err := s.reset(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	if s.watch, err = newWatch(s); err != nil {
+		return nil, errors.Join(fmt.Errorf("audit: %w", err), s.Close())
+	}
+	if err := s.Refresh(); errors.Is(err, errDistrict) {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
 }
 
+// reset forgets what was read into memory.
+func (s *Service) reset() error {
+	reg, err := identity.NewRegistry(s.genesis)
+	if err != nil {
+		return err
+	}
+	reg.Hash()
+	succession, err := ledger.NewSuccession(s.genesis, s.policy)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.changes, s.versions, s.succession, s.now = nil, []version{{0, reg}}, succession, place{}
+	return nil
+}
+
 // Close closes the files. Run must have returned.
 func (s *Service) Close() error {
-	var errs []error
-	for _, l := range []*seglog.Log{s.payloads, s.blocks, s.history} {
-		if l != nil {
-			errs = append(errs, l.Close())
-		}
+	s.refreshing.Lock()
+	defer s.refreshing.Unlock()
+	errs := []error{s.shut()}
+	if s.watch != nil {
+		errs = append(errs, s.watch.close())
+	}
+	if s.index != nil {
+		errs = append(errs, s.index.close())
 	}
 	return errors.Join(errs...)
 }
 
-// Run follows the folder until ctx ends, which is not an error. Damage that it
-// meets is.
+// open opens what sealing writes, where it is not open. Caller holds refreshing.
+func (s *Service) open() (err error) {
+	s.files.Lock()
+	defer s.files.Unlock()
+	if s.payloads == nil {
+		if s.payloads, err = payload.OpenReader(s.c.Dir); err != nil {
+			return err
+		}
+	}
+	for _, l := range []struct {
+		log **seglog.Log
+		dir string
+	}{{&s.blocks, "log/blocks"}, {&s.history, "log/checkpoints"}} {
+		if *l.log == nil {
+			if *l.log, err = seglog.OpenReader(filepath.Join(s.c.Dir, l.dir)); err != nil {
+				*l.log = nil
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// shut closes them.
+func (s *Service) shut() error {
+	s.files.Lock()
+	defer s.files.Unlock()
+	var errs []error
+	if s.payloads != nil {
+		errs = append(errs, s.payloads.Close())
+	}
+	for _, l := range []*seglog.Log{s.blocks, s.history} {
+		if l != nil {
+			errs = append(errs, l.Close())
+		}
+	}
+	s.payloads, s.blocks, s.history = nil, nil, nil
+	return errors.Join(errs...)
+}
+
+// Run follows the folder until ctx ends, which is not an error. Nor is anything
+// that is wrong with the folder: that is an alarm, and it looks again.
 func (s *Service) Run(ctx context.Context) error {
 	told := make(chan struct{}, 1)
-	if s.c.Bus != nil {
-		stop, err := s.c.Bus.Listen(topic.Seal(s.genesis.District), "", func(*nats.Msg) {
-			select {
-			case told <- struct{}{}:
-			default:
-			}
-		})
-		if err != nil {
-			return fmt.Errorf("audit: %w", err)
+	wake := func() {
+		select {
+		case told <- struct{}{}:
+		default:
 		}
-		defer stop()
+	}
+	if b := s.c.Bus; b != nil {
+		for subject, hear := range map[string]nats.MsgHandler{
+			topic.Seal(s.genesis.District): func(m *nats.Msg) {
+				s.hearSeal(m.Data)
+				wake()
+			},
+			topic.SeenAll(s.genesis.District): func(m *nats.Msg) {
+				if _, err := s.Saw(m.Subject, m.Data); err != nil {
+					s.log.Warn("audit: a checkpoint that somebody has seen is not taken", "subject", m.Subject, "err", err)
+				}
+			},
+		} {
+			stop, err := b.Listen(subject, "", hear)
+			if err != nil {
+				return fmt.Errorf("audit: %w", err)
+			}
+			defer stop()
+		}
 	}
 	tick := time.NewTicker(s.c.Poll)
 	defer tick.Stop()
 	for {
+		if err := s.Refresh(); err != nil {
+			s.log.Error("audit: reading the data folder", "err", err) // and an alarm
+		}
+		s.tell()
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-told:
 		case <-tick.C:
 		}
-		if err := s.Refresh(); err != nil {
-			return err
-		}
 	}
 }
 
-// Refresh takes in what sealing has written since. Run calls it; so may who
-// cannot wait.
+// Refresh takes in what sealing has written since, and checks it. Run calls it;
+// so may who cannot wait. Its error is an alarm as well.
 func (s *Service) Refresh() error {
 	s.refreshing.Lock()
 	defer s.refreshing.Unlock()
+	err := s.refresh(context.Background())
+	if err != nil {
+		err = fmt.Errorf("audit: %w", err)
+	}
+	s.watch.look(err)
+	return err
+}
+
+func (s *Service) refresh(ctx context.Context) error {
+	if err := s.open(); err != nil {
+		return err
+	}
 	// The checkpoint first: what it covers has been written before it.
-	for _, l := range []*seglog.Log{s.history, s.blocks, s.payloads} {
+	for _, l := range []interface{ Refresh() error }{s.history, s.blocks, s.payloads} {
 		if err := l.Refresh(); err != nil {
-			return fmt.Errorf("audit: %w", err)
+			// A file that was replaced is opened again by the next look.
+			return errors.Join(err, s.shut())
 		}
 	}
-	s.mu.RLock()
-	from := uint64(len(s.sizes))
-	s.mu.RUnlock()
-	err := s.blocks.Scan(from, func(i uint64, rec []byte) error {
-		d, err := ledger.ParseDecided(rec)
-		if err != nil {
-			return fmt.Errorf("audit: block journal: record %d: %w", i, err)
+	if s.at == (place{}) {
+		if err := s.resume(ctx); err != nil {
+			return err
 		}
-		if err := s.block(d); err != nil {
-			return fmt.Errorf("audit: block %d: %w", i+1, err)
-		}
-		return nil
-	})
-	if err != nil {
+	}
+	if err := s.follow(ctx); err != nil {
+		return err
+	}
+	if err := s.reconcile(ctx); err != nil {
 		return err
 	}
 	n := s.history.Next()
@@ -247,308 +324,160 @@ func (s *Service) Refresh() error {
 	}
 	b, err := s.history.Read(n - 1)
 	if err != nil {
-		return fmt.Errorf("audit: %w", err)
+		return err
 	}
 	at, err := ledger.ParseSealedAt(b)
 	if err != nil {
-		return fmt.Errorf("audit: history of checkpoints: record %d: %w", n-1, err)
+		return fmt.Errorf("history of checkpoints: record %d: %w", n-1, err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	sealed, err := s.succession.Open(at.Height, at.Note)
-	if err != nil {
-		return fmt.Errorf("audit: history of checkpoints: record %d: %w", n-1, err)
+	set := s.succession.At(at.Height)
+	if _, err := set.Quorum.Open(at.Note); err != nil {
+		return fmt.Errorf("history of checkpoints: record %d: %w", n-1, err)
 	}
-	s.sealed, s.note, s.sealers = sealed, at.Note, s.succession.At(at.Height)
-	return nil
+	if sealed, err := set.Policy.Open(at.Note); err == nil {
+		s.sealed, s.note, s.sealers = sealed, at.Note, set
+		return nil
+	}
+	// The district's policy wants witnesses besides: evidence is of the newest
+	// checkpoint that they have cosigned.
+	return s.witnessed()
 }
 
-// block takes in one journalled block with its payloads.
-func (s *Service) block(d *ledger.Decided) error {
-	h := d.Header
+// witnessed takes the newest checkpoint that meets the whole policy. Caller holds
+// mu.
+func (s *Service) witnessed() error {
+	b, err := os.ReadFile(filepath.Join(s.c.Dir, "log/checkpoint.witnessed"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // none yet
+	}
+	if err != nil {
+		return err
+	}
+	sets := s.succession.Sets()
+	for i := len(sets) - 1; i >= 0; i-- {
+		if sealed, err := sets[i].Policy.Open(b); err == nil {
+			s.sealed, s.note, s.sealers = sealed, b, sets[i]
+			return nil
+		}
+	}
+	return errors.New("log/checkpoint.witnessed does not meet the policy of any set of validators")
+}
+
+// resume goes on from what the index holds.
+func (s *Service) resume(ctx context.Context) error {
+	at, err := s.index.place(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.reset(); err != nil {
+		return err
+	}
+	t := s.take()
+	t.at = at
+	records, err := s.index.registryRecords(ctx)
+	if err != nil {
+		return err
+	}
+	for i := 0; i < len(records); {
+		reg := t.reg.Clone()
+		h := records[i].Height
+		for ; i < len(records) && records[i].Height == h; i++ {
+			p, err := s.payloads.Get(records[i].Index)
+			if err != nil {
+				return err
+			}
+			e, err := identity.ParseEnvelope(p.Envelope)
+			if err != nil {
+				return fmt.Errorf("leaf %d: %w", p.Index, err)
+			}
+			ch, err := wire.DecodeChange(e.ContentType, e.Payload)
+			if err == nil {
+				err = reg.Apply(uint64(h), e.Key, ch)
+			}
+			if err != nil {
+				return fmt.Errorf("leaf %d: %w", p.Index, err)
+			}
+			t.changes = append(t.changes, change{h, e.Key, ch})
+		}
+		t.reg = reg
+		t.fresh = append(t.fresh, version{h, reg})
+	}
+	t.reg.Hash()
+	return s.taken(t)
+}
+
+// take begins to take blocks in.
+func (s *Service) take() *taking {
 	s.mu.RLock()
-	next, parent := ledger.Height(len(s.sizes)+1), s.parent
-	v := s.versions[len(s.versions)-1]
-	s.mu.RUnlock()
-	switch {
-	case h.Height != next || h.Parent != parent || h.Genesis != s.hash:
-		return fmt.Errorf("is not the block that follows %d", next-1)
-	case h.Size != h.PrevSize+uint64(len(d.Leaves)):
-		return fmt.Errorf("size: %d after %d leaves on %d", h.Size, len(d.Leaves), h.PrevSize)
-	case h.Registry != ledger.Hash(v.reg.Hash()):
-		return errors.New("registry: is not what the changes so far make of it")
-	}
-	var reg *identity.Registry
-	var changes []change
-	records := make([]Record, 0, len(d.Leaves))
-	for i := 1; i < len(d.Leaves); i++ {
-		index := h.PrevSize + uint64(i)
-		p, err := s.payload(index, h.Height, d.Leaves[i])
-		if kind.Of(err) == kind.NotFound {
-			continue // let go; the leaf stays
-		}
-		if err != nil {
-			return err
-		}
-		e, err := identity.ParseEnvelope(p.Envelope)
-		if err != nil {
-			return fmt.Errorf("leaf %d: %w", index, err)
-		}
-		c := ledger.Describe(e)
-		r := Record{Index: index, Height: h.Height, Kind: e.Kind, Junction: traffic.JunctionID(c.Junction), Device: traffic.DeviceID(c.Device), Seq: c.Seq, Time: h.Time}
-		if c.Time != nil {
-			r.Time = *c.Time
-		}
-		records = append(records, r)
-		if e.Kind != identity.KindRegistry {
-			continue
-		}
-		ch, err := wire.DecodeChange(e.ContentType, e.Payload)
-		if err != nil {
-			return fmt.Errorf("leaf %d: %w", index, err)
-		}
-		if reg == nil {
-			reg = v.reg.Clone()
-		}
-		if err := reg.Apply(uint64(h.Height), e.Key, ch); err != nil {
-			return fmt.Errorf("leaf %d: an agreed registry record does not apply: %w", index, err)
-		}
-		changes = append(changes, change{h.Height, e.Key, ch})
-	}
+	defer s.mu.RUnlock()
+	return &taking{at: s.at, reg: s.versions[len(s.versions)-1].reg}
+}
+
+// taken makes what was taken in the service's own.
+func (s *Service) taken(t *taking) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.sizes = append(s.sizes, h.Size)
-	s.parent = h.Hash()
-	for _, r := range records {
-		if len(s.records) < s.c.MaxRecords {
-			s.records = append(s.records, r)
-			continue
-		}
-		s.records[s.oldest] = r
-		s.oldest = (s.oldest + 1) % len(s.records)
-	}
-	if reg != nil {
-		if reg.MembersSince() == uint64(h.Height) {
-			if err := s.succession.Change(h.Height, reg.Validators()); err != nil {
+	for _, v := range t.fresh {
+		if v.reg.MembersSince() == uint64(v.after) {
+			if err := s.succession.Change(v.after, v.reg.Validators()); err != nil {
 				return err
 			}
 		}
-		reg.Hash()
-		s.changes = append(s.changes, changes...)
+		v.reg.Hash()
 		if len(s.versions) >= keptVersions {
 			s.versions = slices.Delete(s.versions, 1, 2) // genesis stays
 		}
-		s.versions = append(s.versions, version{h.Height, reg})
+		s.versions = append(s.versions, v)
 	}
+	s.changes = append(s.changes, t.changes...)
+	s.at, s.now = t.at, t.at
 	return nil
 }
 
-// payload reads what a leaf of a block commits to. Its error has kind NotFound
-// where the payload was let go.
-func (s *Service) payload(index uint64, h ledger.Height, leaf ledger.Leaf) (*ledger.Payload, error) {
-	b, err := s.payloads.Read(index - uint64(h))
-	if errors.Is(err, seglog.ErrNotFound) && index-uint64(h) < s.payloads.First() {
-		return nil, kind.Errorf(kind.NotFound, "leaf %d: its payload was let go", index)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("leaf %d: %w", index, err)
-	}
-	p, err := ledger.ParsePayload(b)
-	if err != nil {
-		return nil, fmt.Errorf("leaf %d: %w", index, err)
-	}
-	if p.Index != index || p.Height != h {
-		return nil, fmt.Errorf("leaf %d: the payload store has leaf %d of block %d in its place", index, p.Index, p.Height)
-	}
-	if len(p.Envelope) == 0 {
-		return nil, kind.Errorf(kind.NotFound, "leaf %d: its payload was gone before it came here", index)
-	}
-	if p.Leaf() != leaf {
-		return nil, fmt.Errorf("leaf %d: the payload is not what the leaf commits to", index)
-	}
-	return p, nil
-}
-
-// Find returns the newest records first, at most limit of them. An empty kind or
-// junction matches all.
-func (s *Service) Find(k identity.RecordKind, j traffic.JunctionID, limit int) []Record {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	out := []Record{}
-	n := len(s.records)
-	for i := range n {
-		if len(out) >= limit {
-			break
-		}
-		r := s.records[(s.oldest+n-1-i)%n]
-		if (k == "" || r.Kind == k) && (j == "" || r.Junction == j) {
-			r.Provable = s.sealed != nil && s.sizes[r.Height-1] < s.sealed.Size
-			out = append(out, r)
-		}
-	}
-	return out
-}
-
-// registryAt returns the registry after a block.
-func (s *Service) registryAt(h ledger.Height) (*identity.Registry, error) {
-	s.mu.RLock()
-	versions, changes := slices.Clone(s.versions), s.changes
-	s.mu.RUnlock()
-	i := len(versions) - 1
-	for versions[i].after > h {
-		i--
-	}
-	reg := versions[i].reg
-	cloned := false
-	for _, c := range changes {
-		if c.height <= versions[i].after || c.height > h {
-			continue
-		}
-		if !cloned {
-			reg, cloned = reg.Clone(), true
-		}
-		if err := reg.Apply(uint64(c.height), c.signer, c.change); err != nil {
-			return nil, fmt.Errorf("registry at block %d: %w", h, err)
-		}
-	}
-	return reg, nil
-}
-
-// readTile reads the log that sealing writes.
-func (s *Service) readTile(t ledger.TileID) ([]byte, error) {
-	return os.ReadFile(filepath.Join(s.c.Dir, "log", filepath.FromSlash(t.Path())))
-}
-
-// Evidence returns the bundle of one record, by its leaf index. Errors have kind
-// NotFound where there is no such record or its payload was let go, Invalid for
-// a leaf that is no record, and Unavailable where it is not sealed yet.
-func (s *Service) Evidence(ctx context.Context, index uint64) ([]byte, error) {
-	return s.Bundle(ctx, index)
-}
-
-// Bundle returns one bundle of several records. See [Service.Evidence].
-func (s *Service) Bundle(ctx context.Context, indexes ...uint64) ([]byte, error) {
-	indexes = slices.Compact(slices.Sorted(slices.Values(indexes)))
-	if len(indexes) == 0 || len(indexes) > ledger.MaxBundleRecords {
-		return nil, kind.Errorf(kind.Invalid, "evidence: %d records, must be 1 to %d", len(indexes), ledger.MaxBundleRecords)
-	}
-	if err := s.Refresh(); err != nil {
-		return nil, err
-	}
-	s.mu.RLock()
-	sizes, sealed, note, sealers := s.sizes, s.sealed, s.note, s.sealers
-	s.mu.RUnlock()
-	b := &ledger.Bundle{Checkpoint: note, Policy: s.c.Policy}
-	if sealers.Since > 0 { // the hint is the policy that the checkpoint meets
-		var err error
-		if b.Policy, err = ledger.CouncilPolicy(s.genesis, sealers.Validators); err != nil {
-			return nil, err
-		}
-	}
-	var block *ledger.Decided
-	var reg *identity.Registry
-	var signers []identity.Holder
-	// A block is done when the next record is not in it.
-	done := func() error {
-		if block == nil {
-			return nil
-		}
-		var err error
-		bb := ledger.BundleBlock{Header: block.Header, Metadata: block.Metadata}
-		bb.Votes = ledger.ValidVotes(block.Header.Hash(), block.Metadata, block.Votes, reg.Validators())
-		if bb.Registry, err = ledger.Excerpts(reg, signers); err != nil {
-			return err
-		}
-		if bb.Proof, err = ledger.Prove(ledger.TileReaderFunc(s.readTile), sealed.Size, block.Header.Size); err != nil {
-			return err
-		}
-		b.Blocks = append(b.Blocks, bb)
-		block, signers = nil, nil
-		return nil
-	}
-	for _, index := range indexes {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		at := sort.Search(len(sizes), func(i int) bool { return sizes[i] > index })
-		if at == len(sizes) {
-			return nil, kind.Errorf(kind.NotFound, "evidence: no leaf %d in the log", index)
-		}
-		h := ledger.Height(at + 1)
-		if sealed == nil || sizes[at] >= sealed.Size {
-			// The next block's first leaf shows that this block's header is in the log.
-			return nil, kind.Errorf(kind.Unavailable, "evidence: leaf %d is in block %d, which is not sealed yet together with the block after it; try again in a moment", index, h)
-		}
-		if block == nil || block.Header.Height != h {
-			if err := done(); err != nil {
-				return nil, fmt.Errorf("evidence: %w", err)
-			}
-			rec, err := s.blocks.Read(uint64(at))
-			if err != nil {
-				return nil, fmt.Errorf("evidence: %w", err)
-			}
-			if block, err = ledger.ParseDecided(rec); err != nil {
-				return nil, fmt.Errorf("evidence: %w", err)
-			}
-			if reg, err = s.registryAt(h - 1); err != nil {
-				return nil, fmt.Errorf("evidence: %w", err)
-			}
-		}
-		i := index - block.Header.PrevSize
-		if i == 0 {
-			return nil, kind.Errorf(kind.Invalid, "evidence: leaf %d is the header of block %d and no record", index, h-1)
-		}
-		p, err := s.payload(index, h, block.Leaves[i])
-		if err != nil {
-			return nil, wrap("evidence", err)
-		}
-		e, err := identity.ParseEnvelope(p.Envelope)
-		if err != nil {
-			return nil, fmt.Errorf("evidence: leaf %d: %w", index, err)
-		}
-		holder, ok := reg.Holder(e.Key)
-		if !ok {
-			return nil, fmt.Errorf("evidence: leaf %d: its signer is not in the registry of its block", index)
-		}
-		signers = append(signers, holder)
-		proof, err := ledger.Prove(ledger.TileReaderFunc(s.readTile), sealed.Size, index)
-		if err != nil {
-			return nil, fmt.Errorf("evidence: %w", err)
-		}
-		b.Records = append(b.Records, ledger.BundleRecord{Index: index, Salt: p.Salt, Envelope: p.Envelope, Proof: proof})
-	}
-	if err := done(); err != nil {
-		return nil, fmt.Errorf("evidence: %w", err)
-	}
-	raw := b.Marshal()
-	// What does not verify here must not leave the house as evidence.
-	if _, err := ledger.VerifyBundle(raw, sealers.Policy); err != nil {
-		return nil, fmt.Errorf("evidence: the folder's content does not verify: %w", err)
-	}
-	return raw, nil
-}
-
-// wrap adds a prefix and keeps the kind.
-func wrap(prefix string, err error) error { return kind.Errorf(kind.Of(err), "%s: %w", prefix, err) }
-
-// Metrics is a snapshot of how far audit has read.
+// Metrics is a snapshot of how far audit has come, and what it has met.
 type Metrics struct {
-	Blocks  uint64
-	Size    uint64
-	Sealed  uint64
-	Indexed int
+	Blocks  uint64 // in the index
+	Size    uint64 // of the log that is in the index
+	Sealed  uint64 // size of the newest sealed log here
+	Indexed int    // records in the index
+	// Verified is the size of the newest checkpoint that was verified and kept.
+	Verified uint64
+	// Alarms counts alarms that were raised, Standing those that still stand.
+	Alarms, Standing uint64
+	// Seen counts checkpoints of others that were taken, Strange those that were
+	// not, because too few of those who must had signed them.
+	Seen, Strange uint64
 }
 
 // Metrics returns a snapshot.
 func (s *Service) Metrics() Metrics {
+	m := s.watch.metrics()
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	m := Metrics{Blocks: uint64(len(s.sizes)), Indexed: len(s.records)}
-	if len(s.sizes) > 0 {
-		m.Size = s.sizes[len(s.sizes)-1]
-	}
+	// Each block has one leaf that is no record.
+	m.Blocks, m.Size, m.Indexed = uint64(s.now.height), s.now.size, int(s.now.size)-int(s.now.height)
 	if s.sealed != nil {
 		m.Sealed = s.sealed.Size
 	}
 	return m
+}
+
+// Rebuild empties the index and makes it again from log and payloads. Queries
+// meanwhile find what there is so far.
+func (s *Service) Rebuild(ctx context.Context) error {
+	s.refreshing.Lock()
+	defer s.refreshing.Unlock()
+	if err := s.index.empty(ctx); err != nil {
+		return fmt.Errorf("audit: %w", err)
+	}
+	s.at = place{}
+	if err := s.reset(); err != nil {
+		return fmt.Errorf("audit: %w", err)
+	}
+	if err := s.refresh(ctx); err != nil {
+		return fmt.Errorf("audit: %w", err)
+	}
+	return nil
 }

@@ -166,12 +166,10 @@ func TestFind(t *testing.T) {
 	c := d.NewChain().Fill(10)
 	dir := t.TempDir()
 	write(t, dir, c, 9)
-	cfg := config(d, dir)
-	cfg.MaxRecords = 11 // of 30
-	s := service(t, cfg)
-	all := s.Find("", "", 100)
+	s := service(t, config(d, dir))
+	all := s.Find("", "", 11)
 	if len(all) != 11 {
-		t.Fatalf("got %d records, want the newest 11", len(all))
+		t.Fatalf("got %d records of 30, want the newest 11", len(all))
 	}
 	for i, r := range all {
 		if i > 0 && r.Index >= all[i-1].Index {
@@ -195,7 +193,7 @@ func TestFollowsSeals(t *testing.T) {
 	c := d.NewChain().Fill(6)
 	b := servicetest.District(t, d.ID)
 	cfg := config(d, t.TempDir()) // nothing there yet
-	cfg.Bus, cfg.Poll, cfg.Logger = b, time.Hour, servicetest.Logger(t)
+	cfg.Bus, cfg.Poll, cfg.Logger = b, maxPatience, servicetest.Logger(t)
 	s := service(t, cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -297,8 +295,8 @@ func TestHandler(t *testing.T) {
 }
 
 func TestConfigValidate(t *testing.T) {
-	err := (&Config{GenesisJSON: []byte("x"), Policy: []byte("x"), Poll: -1}).Validate()
-	for _, want := range []string{"Dir", "GenesisJSON", "Policy", "Poll"} {
+	err := (&Config{GenesisJSON: []byte("x"), Policy: []byte("x"), Poll: -1, Patience: time.Hour}).Validate()
+	for _, want := range []string{"Dir", "GenesisJSON", "Policy", "Poll", "Patience"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want a complaint about %s", err, want)
 		}
