@@ -2,8 +2,10 @@ package consensus
 
 import (
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,7 +20,9 @@ import (
 // disk in one process, each sync for real: batches of frames of 200 bytes are
 // stored in ACCEPTED, and count once the first validator has decided them. Beside
 // it, in the same run, the bare engine gets the same batches: see [bareReplica].
-// "of-bare" is our figure as a part, or a multiple, of its.
+// "of-bare" is our figure as a part, or a multiple, of its. The bare engine checks
+// no signatures of records; "of-checking" is our figure as a part of what the
+// machine would do if it only checked them, once for each validator.
 //
 // rate=400 stores so many records a second and measures from the store's call to
 // the decision. saturated stores as many as will go. signed has every validator
@@ -58,12 +62,13 @@ func (tc benchCase) String() string {
 const (
 	benchWarm = 500 * time.Millisecond
 	benchRun  = 3 * time.Second // with the warming
-	benchBare = 1500 * time.Millisecond
+	benchBare = time.Second     // with the warming, twice
 )
 
 func (tc benchCase) run(b *testing.B) {
 	bare := tc.bare(b)
 	own := tc.own(b)
+	bare.add(tc.bare(b)) // before and after: a machine is not the same for long
 	if tc.rate > 0 {
 		b.ReportMetric(own.at(.5), "p50-ms")
 		b.ReportMetric(own.at(.99), "p99-ms")
@@ -74,6 +79,11 @@ func (tc benchCase) run(b *testing.B) {
 		b.ReportMetric(own.rate(), "records/s")
 		b.ReportMetric(bare.rate(), "bare-records/s")
 		b.ReportMetric(own.rate()/bare.rate(), "of-bare")
+		b.ReportMetric(own.cost(), "cpu-µs/record")
+		b.ReportMetric(bare.cost(), "bare-cpu-µs/record")
+		if tc.signed {
+			b.ReportMetric(own.rate()/tc.checking(b), "of-checking")
+		}
 	}
 	b.ReportMetric(0, "ns/op")
 }
@@ -89,6 +99,8 @@ type meter struct {
 	from    int // of them while it was warming
 	begin   time.Time
 	elapsed time.Duration // without the warming
+	cpu     time.Duration // with it
+	total   int           // batches, with those of warming
 	lats    []time.Duration
 	room    chan struct{} // a place for each batch that may be undecided
 }
@@ -120,6 +132,7 @@ func (m *meter) decided(id ledger.Hash) {
 // feed sends batches for so long, and waits until all are decided.
 func (m *meter) feed(batches func(i int) []byte, d time.Duration, send func([]byte)) {
 	m.begin = time.Now()
+	cpu := cpuTime()
 	warm := false
 	var start time.Time
 	for i := 0; time.Since(m.begin) < d; i++ {
@@ -142,12 +155,27 @@ func (m *meter) feed(batches func(i int) []byte, d time.Duration, send func([]by
 		m.sent[ledger.RequestID(batch)] = time.Now()
 		m.mu.Unlock()
 		send(batch)
+		m.total++
 	}
 	m.mu.Lock()
 	m.elapsed, m.from = time.Since(start), m.out-m.from
 	m.mu.Unlock()
 	eventually(m.b, "all is decided", func() bool { m.mu.Lock(); defer m.mu.Unlock(); return len(m.sent) == 0 })
+	m.cpu = cpuTime() - cpu
 	slices.Sort(m.lats)
+}
+
+// add makes one of two measurements.
+func (m *meter) add(o *meter) {
+	m.from, m.elapsed, m.cpu, m.total = m.from+o.from, m.elapsed+o.elapsed, m.cpu+o.cpu, m.total+o.total
+	m.lats = append(m.lats, o.lats...)
+	slices.Sort(m.lats)
+}
+
+// cost is the processors' time for a record, µs, at all validators together and
+// with JetStream. Unlike the rate, it hardly depends on what else the machine does.
+func (m *meter) cost() float64 {
+	return float64(m.cpu.Microseconds()) / float64(m.total*m.tc.batch)
 }
 
 // rate is in records a second.
@@ -232,6 +260,44 @@ func (tc benchCase) own(b *testing.B) *meter {
 	b.Logf("%d records in %d blocks", s.Accepted, s.Blocks)
 	c.stop(c.all()...)
 	return m
+}
+
+// checking is how many records a second this machine could check the signatures
+// of, once for each validator, if it did nothing else.
+func (tc benchCase) checking(b *testing.B) float64 {
+	st, _, err := newState(genesis(b, tc.nodes, 8))
+	if err != nil {
+		b.Fatal(err)
+	}
+	batches := benchBatches(tc.batch, 16, true)
+	var checked atomic.Int64
+	var wg sync.WaitGroup
+	begin := time.Now()
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			v := newVerifier()
+			var rs []*request
+			for _, raw := range batches {
+				r, err := parseRequest(raw)
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				rs = append(rs, r)
+			}
+			for i := 0; time.Since(begin) < 600*time.Millisecond; i++ {
+				r := rs[i%len(rs)]
+				v(st.registry, r.candidates)
+				if !r.candidates[0].SignatureValid {
+					b.Error("a signature is not valid")
+					return
+				}
+				checked.Add(int64(tc.batch))
+			}
+		})
+	}
+	wg.Wait()
+	return float64(checked.Load()) / time.Since(begin).Seconds() / float64(tc.nodes)
 }
 
 // acceptAll finds every signature of a registered signer good.
