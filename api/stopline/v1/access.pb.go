@@ -24,190 +24,6 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// AccessRecord is what is sealed of one call, as a record of kind access, signed
-// by the gateway.
-type AccessRecord struct {
-	state    protoimpl.MessageState `protogen:"open.v1"`
-	District string                 `protobuf:"bytes,1,opt,name=district,proto3" json:"district,omitempty"`
-	// Of the gateway's start: rises with every start.
-	Epoch uint64 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	// From 1 within an epoch, without gaps.
-	Seq          uint64 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
-	TimeUnixNano int64  `protobuf:"varint,4,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
-	Agency       string `protobuf:"bytes,5,opt,name=agency,proto3" json:"agency,omitempty"`
-	// Who asked, as the token or certificate names them.
-	Subject string `protobuf:"bytes,6,opt,name=subject,proto3" json:"subject,omitempty"`
-	// Full name of the method, such as /stopline.v1.EvidenceService/GetBundle.
-	Method string `protobuf:"bytes,7,opt,name=method,proto3" json:"method,omitempty"`
-	// What was asked for, such as junction:J3 or record:17.
-	Objects    []string `protobuf:"bytes,8,rep,name=objects,proto3" json:"objects,omitempty"`
-	Purpose    string   `protobuf:"bytes,9,opt,name=purpose,proto3" json:"purpose,omitempty"`
-	CaseNumber string   `protobuf:"bytes,10,opt,name=case_number,json=caseNumber,proto3" json:"case_number,omitempty"`
-	LegalBasis string   `protobuf:"bytes,11,opt,name=legal_basis,json=legalBasis,proto3" json:"legal_basis,omitempty"`
-	Granted    bool     `protobuf:"varint,12,opt,name=granted,proto3" json:"granted,omitempty"`
-	// Ids of the policies that decided.
-	Policies []string `protobuf:"bytes,13,rep,name=policies,proto3" json:"policies,omitempty"`
-	// unary, opened, minute, closed or counted.
-	Phase string `protobuf:"bytes,14,opt,name=phase,proto3" json:"phase,omitempty"`
-	// How many calls or messages the record stands for; 1 for unary.
-	Count uint64 `protobuf:"varint,15,opt,name=count,proto3" json:"count,omitempty"`
-	// SHA-256 of the request, serialised.
-	RequestDigest []byte `protobuf:"bytes,16,opt,name=request_digest,json=requestDigest,proto3" json:"request_digest,omitempty"`
-	// Of a covert investigation: not listed before.
-	CovertUntilUnixNano int64 `protobuf:"varint,17,opt,name=covert_until_unix_nano,json=covertUntilUnixNano,proto3" json:"covert_until_unix_nano,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
-}
-
-func (x *AccessRecord) Reset() {
-	*x = AccessRecord{}
-	mi := &file_stopline_v1_access_proto_msgTypes[0]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *AccessRecord) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*AccessRecord) ProtoMessage() {}
-
-func (x *AccessRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_access_proto_msgTypes[0]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use AccessRecord.ProtoReflect.Descriptor instead.
-func (*AccessRecord) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_access_proto_rawDescGZIP(), []int{0}
-}
-
-func (x *AccessRecord) GetDistrict() string {
-	if x != nil {
-		return x.District
-	}
-	return ""
-}
-
-func (x *AccessRecord) GetEpoch() uint64 {
-	if x != nil {
-		return x.Epoch
-	}
-	return 0
-}
-
-func (x *AccessRecord) GetSeq() uint64 {
-	if x != nil {
-		return x.Seq
-	}
-	return 0
-}
-
-func (x *AccessRecord) GetTimeUnixNano() int64 {
-	if x != nil {
-		return x.TimeUnixNano
-	}
-	return 0
-}
-
-func (x *AccessRecord) GetAgency() string {
-	if x != nil {
-		return x.Agency
-	}
-	return ""
-}
-
-func (x *AccessRecord) GetSubject() string {
-	if x != nil {
-		return x.Subject
-	}
-	return ""
-}
-
-func (x *AccessRecord) GetMethod() string {
-	if x != nil {
-		return x.Method
-	}
-	return ""
-}
-
-func (x *AccessRecord) GetObjects() []string {
-	if x != nil {
-		return x.Objects
-	}
-	return nil
-}
-
-func (x *AccessRecord) GetPurpose() string {
-	if x != nil {
-		return x.Purpose
-	}
-	return ""
-}
-
-func (x *AccessRecord) GetCaseNumber() string {
-	if x != nil {
-		return x.CaseNumber
-	}
-	return ""
-}
-
-func (x *AccessRecord) GetLegalBasis() string {
-	if x != nil {
-		return x.LegalBasis
-	}
-	return ""
-}
-
-func (x *AccessRecord) GetGranted() bool {
-	if x != nil {
-		return x.Granted
-	}
-	return false
-}
-
-func (x *AccessRecord) GetPolicies() []string {
-	if x != nil {
-		return x.Policies
-	}
-	return nil
-}
-
-func (x *AccessRecord) GetPhase() string {
-	if x != nil {
-		return x.Phase
-	}
-	return ""
-}
-
-func (x *AccessRecord) GetCount() uint64 {
-	if x != nil {
-		return x.Count
-	}
-	return 0
-}
-
-func (x *AccessRecord) GetRequestDigest() []byte {
-	if x != nil {
-		return x.RequestDigest
-	}
-	return nil
-}
-
-func (x *AccessRecord) GetCovertUntilUnixNano() int64 {
-	if x != nil {
-		return x.CovertUntilUnixNano
-	}
-	return 0
-}
-
 // AccessReceipt is the gateway's promise that the record with this commitment
 // will be in the log.
 type AccessReceipt struct {
@@ -224,7 +40,7 @@ type AccessReceipt struct {
 
 func (x *AccessReceipt) Reset() {
 	*x = AccessReceipt{}
-	mi := &file_stopline_v1_access_proto_msgTypes[1]
+	mi := &file_stopline_v1_access_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -236,7 +52,7 @@ func (x *AccessReceipt) String() string {
 func (*AccessReceipt) ProtoMessage() {}
 
 func (x *AccessReceipt) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_access_proto_msgTypes[1]
+	mi := &file_stopline_v1_access_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -249,7 +65,7 @@ func (x *AccessReceipt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AccessReceipt.ProtoReflect.Descriptor instead.
 func (*AccessReceipt) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_access_proto_rawDescGZIP(), []int{1}
+	return file_stopline_v1_access_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *AccessReceipt) GetCommitment() []byte {
@@ -295,7 +111,7 @@ type ListAccessRequest struct {
 
 func (x *ListAccessRequest) Reset() {
 	*x = ListAccessRequest{}
-	mi := &file_stopline_v1_access_proto_msgTypes[2]
+	mi := &file_stopline_v1_access_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -307,7 +123,7 @@ func (x *ListAccessRequest) String() string {
 func (*ListAccessRequest) ProtoMessage() {}
 
 func (x *ListAccessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_access_proto_msgTypes[2]
+	mi := &file_stopline_v1_access_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -320,7 +136,7 @@ func (x *ListAccessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAccessRequest.ProtoReflect.Descriptor instead.
 func (*ListAccessRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_access_proto_rawDescGZIP(), []int{2}
+	return file_stopline_v1_access_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *ListAccessRequest) GetAgency() string {
@@ -375,7 +191,7 @@ type ListAccessResponse struct {
 
 func (x *ListAccessResponse) Reset() {
 	*x = ListAccessResponse{}
-	mi := &file_stopline_v1_access_proto_msgTypes[3]
+	mi := &file_stopline_v1_access_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -387,7 +203,7 @@ func (x *ListAccessResponse) String() string {
 func (*ListAccessResponse) ProtoMessage() {}
 
 func (x *ListAccessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_access_proto_msgTypes[3]
+	mi := &file_stopline_v1_access_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -400,7 +216,7 @@ func (x *ListAccessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAccessResponse.ProtoReflect.Descriptor instead.
 func (*ListAccessResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_access_proto_rawDescGZIP(), []int{3}
+	return file_stopline_v1_access_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ListAccessResponse) GetRecords() []*SealedAccess {
@@ -429,7 +245,7 @@ type SealedAccess struct {
 
 func (x *SealedAccess) Reset() {
 	*x = SealedAccess{}
-	mi := &file_stopline_v1_access_proto_msgTypes[4]
+	mi := &file_stopline_v1_access_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -441,7 +257,7 @@ func (x *SealedAccess) String() string {
 func (*SealedAccess) ProtoMessage() {}
 
 func (x *SealedAccess) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_access_proto_msgTypes[4]
+	mi := &file_stopline_v1_access_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -454,7 +270,7 @@ func (x *SealedAccess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedAccess.ProtoReflect.Descriptor instead.
 func (*SealedAccess) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_access_proto_rawDescGZIP(), []int{4}
+	return file_stopline_v1_access_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *SealedAccess) GetRecord() *AccessRecord {
@@ -488,7 +304,7 @@ type GetAccessSummaryRequest struct {
 
 func (x *GetAccessSummaryRequest) Reset() {
 	*x = GetAccessSummaryRequest{}
-	mi := &file_stopline_v1_access_proto_msgTypes[5]
+	mi := &file_stopline_v1_access_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -500,7 +316,7 @@ func (x *GetAccessSummaryRequest) String() string {
 func (*GetAccessSummaryRequest) ProtoMessage() {}
 
 func (x *GetAccessSummaryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_access_proto_msgTypes[5]
+	mi := &file_stopline_v1_access_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -513,7 +329,7 @@ func (x *GetAccessSummaryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAccessSummaryRequest.ProtoReflect.Descriptor instead.
 func (*GetAccessSummaryRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_access_proto_rawDescGZIP(), []int{5}
+	return file_stopline_v1_access_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *GetAccessSummaryRequest) GetMonth() string {
@@ -534,7 +350,7 @@ type GetAccessSummaryResponse struct {
 
 func (x *GetAccessSummaryResponse) Reset() {
 	*x = GetAccessSummaryResponse{}
-	mi := &file_stopline_v1_access_proto_msgTypes[6]
+	mi := &file_stopline_v1_access_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -546,7 +362,7 @@ func (x *GetAccessSummaryResponse) String() string {
 func (*GetAccessSummaryResponse) ProtoMessage() {}
 
 func (x *GetAccessSummaryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_access_proto_msgTypes[6]
+	mi := &file_stopline_v1_access_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -559,7 +375,7 @@ func (x *GetAccessSummaryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAccessSummaryResponse.ProtoReflect.Descriptor instead.
 func (*GetAccessSummaryResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_access_proto_rawDescGZIP(), []int{6}
+	return file_stopline_v1_access_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *GetAccessSummaryResponse) GetMonth() string {
@@ -588,7 +404,7 @@ type AccessCount struct {
 
 func (x *AccessCount) Reset() {
 	*x = AccessCount{}
-	mi := &file_stopline_v1_access_proto_msgTypes[7]
+	mi := &file_stopline_v1_access_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +416,7 @@ func (x *AccessCount) String() string {
 func (*AccessCount) ProtoMessage() {}
 
 func (x *AccessCount) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_access_proto_msgTypes[7]
+	mi := &file_stopline_v1_access_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +429,7 @@ func (x *AccessCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AccessCount.ProtoReflect.Descriptor instead.
 func (*AccessCount) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_access_proto_rawDescGZIP(), []int{7}
+	return file_stopline_v1_access_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AccessCount) GetAgency() string {
@@ -648,28 +464,7 @@ var File_stopline_v1_access_proto protoreflect.FileDescriptor
 
 const file_stopline_v1_access_proto_rawDesc = "" +
 	"\n" +
-	"\x18stopline/v1/access.proto\x12\vstopline.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf6\x03\n" +
-	"\fAccessRecord\x12\x1a\n" +
-	"\bdistrict\x18\x01 \x01(\tR\bdistrict\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x10\n" +
-	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12$\n" +
-	"\x0etime_unix_nano\x18\x04 \x01(\x03R\ftimeUnixNano\x12\x16\n" +
-	"\x06agency\x18\x05 \x01(\tR\x06agency\x12\x18\n" +
-	"\asubject\x18\x06 \x01(\tR\asubject\x12\x16\n" +
-	"\x06method\x18\a \x01(\tR\x06method\x12\x18\n" +
-	"\aobjects\x18\b \x03(\tR\aobjects\x12\x18\n" +
-	"\apurpose\x18\t \x01(\tR\apurpose\x12\x1f\n" +
-	"\vcase_number\x18\n" +
-	" \x01(\tR\n" +
-	"caseNumber\x12\x1f\n" +
-	"\vlegal_basis\x18\v \x01(\tR\n" +
-	"legalBasis\x12\x18\n" +
-	"\agranted\x18\f \x01(\bR\agranted\x12\x1a\n" +
-	"\bpolicies\x18\r \x03(\tR\bpolicies\x12\x14\n" +
-	"\x05phase\x18\x0e \x01(\tR\x05phase\x12\x14\n" +
-	"\x05count\x18\x0f \x01(\x04R\x05count\x12%\n" +
-	"\x0erequest_digest\x18\x10 \x01(\fR\rrequestDigest\x123\n" +
-	"\x16covert_until_unix_nano\x18\x11 \x01(\x03R\x13covertUntilUnixNano\"\x8a\x01\n" +
+	"\x18stopline/v1/access.proto\x12\vstopline.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18stopline/v1/agency.proto\"\x8a\x01\n" +
 	"\rAccessReceipt\x12\x1e\n" +
 	"\n" +
 	"commitment\x18\x01 \x01(\fR\n" +
@@ -724,28 +519,28 @@ func file_stopline_v1_access_proto_rawDescGZIP() []byte {
 	return file_stopline_v1_access_proto_rawDescData
 }
 
-var file_stopline_v1_access_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_stopline_v1_access_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_stopline_v1_access_proto_goTypes = []any{
-	(*AccessRecord)(nil),             // 0: stopline.v1.AccessRecord
-	(*AccessReceipt)(nil),            // 1: stopline.v1.AccessReceipt
-	(*ListAccessRequest)(nil),        // 2: stopline.v1.ListAccessRequest
-	(*ListAccessResponse)(nil),       // 3: stopline.v1.ListAccessResponse
-	(*SealedAccess)(nil),             // 4: stopline.v1.SealedAccess
-	(*GetAccessSummaryRequest)(nil),  // 5: stopline.v1.GetAccessSummaryRequest
-	(*GetAccessSummaryResponse)(nil), // 6: stopline.v1.GetAccessSummaryResponse
-	(*AccessCount)(nil),              // 7: stopline.v1.AccessCount
-	(*timestamppb.Timestamp)(nil),    // 8: google.protobuf.Timestamp
+	(*AccessReceipt)(nil),            // 0: stopline.v1.AccessReceipt
+	(*ListAccessRequest)(nil),        // 1: stopline.v1.ListAccessRequest
+	(*ListAccessResponse)(nil),       // 2: stopline.v1.ListAccessResponse
+	(*SealedAccess)(nil),             // 3: stopline.v1.SealedAccess
+	(*GetAccessSummaryRequest)(nil),  // 4: stopline.v1.GetAccessSummaryRequest
+	(*GetAccessSummaryResponse)(nil), // 5: stopline.v1.GetAccessSummaryResponse
+	(*AccessCount)(nil),              // 6: stopline.v1.AccessCount
+	(*timestamppb.Timestamp)(nil),    // 7: google.protobuf.Timestamp
+	(*AccessRecord)(nil),             // 8: stopline.v1.AccessRecord
 }
 var file_stopline_v1_access_proto_depIdxs = []int32{
-	8, // 0: stopline.v1.ListAccessRequest.start_time:type_name -> google.protobuf.Timestamp
-	8, // 1: stopline.v1.ListAccessRequest.end_time:type_name -> google.protobuf.Timestamp
-	4, // 2: stopline.v1.ListAccessResponse.records:type_name -> stopline.v1.SealedAccess
-	0, // 3: stopline.v1.SealedAccess.record:type_name -> stopline.v1.AccessRecord
-	7, // 4: stopline.v1.GetAccessSummaryResponse.counts:type_name -> stopline.v1.AccessCount
-	2, // 5: stopline.v1.AccessService.ListAccess:input_type -> stopline.v1.ListAccessRequest
-	5, // 6: stopline.v1.AccessService.GetAccessSummary:input_type -> stopline.v1.GetAccessSummaryRequest
-	3, // 7: stopline.v1.AccessService.ListAccess:output_type -> stopline.v1.ListAccessResponse
-	6, // 8: stopline.v1.AccessService.GetAccessSummary:output_type -> stopline.v1.GetAccessSummaryResponse
+	7, // 0: stopline.v1.ListAccessRequest.start_time:type_name -> google.protobuf.Timestamp
+	7, // 1: stopline.v1.ListAccessRequest.end_time:type_name -> google.protobuf.Timestamp
+	3, // 2: stopline.v1.ListAccessResponse.records:type_name -> stopline.v1.SealedAccess
+	8, // 3: stopline.v1.SealedAccess.record:type_name -> stopline.v1.AccessRecord
+	6, // 4: stopline.v1.GetAccessSummaryResponse.counts:type_name -> stopline.v1.AccessCount
+	1, // 5: stopline.v1.AccessService.ListAccess:input_type -> stopline.v1.ListAccessRequest
+	4, // 6: stopline.v1.AccessService.GetAccessSummary:input_type -> stopline.v1.GetAccessSummaryRequest
+	2, // 7: stopline.v1.AccessService.ListAccess:output_type -> stopline.v1.ListAccessResponse
+	5, // 8: stopline.v1.AccessService.GetAccessSummary:output_type -> stopline.v1.GetAccessSummaryResponse
 	7, // [7:9] is the sub-list for method output_type
 	5, // [5:7] is the sub-list for method input_type
 	5, // [5:5] is the sub-list for extension type_name
@@ -758,13 +553,14 @@ func file_stopline_v1_access_proto_init() {
 	if File_stopline_v1_access_proto != nil {
 		return
 	}
+	file_stopline_v1_agency_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_stopline_v1_access_proto_rawDesc), len(file_stopline_v1_access_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

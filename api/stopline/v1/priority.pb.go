@@ -25,56 +25,6 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// PriorityClass says who outranks whom: a higher number does.
-type PriorityClass int32
-
-const (
-	PriorityClass_PRIORITY_CLASS_UNSPECIFIED PriorityClass = 0
-	PriorityClass_PRIORITY_CLASS_TRANSIT     PriorityClass = 1
-	PriorityClass_PRIORITY_CLASS_EMERGENCY   PriorityClass = 2
-)
-
-// Enum value maps for PriorityClass.
-var (
-	PriorityClass_name = map[int32]string{
-		0: "PRIORITY_CLASS_UNSPECIFIED",
-		1: "PRIORITY_CLASS_TRANSIT",
-		2: "PRIORITY_CLASS_EMERGENCY",
-	}
-	PriorityClass_value = map[string]int32{
-		"PRIORITY_CLASS_UNSPECIFIED": 0,
-		"PRIORITY_CLASS_TRANSIT":     1,
-		"PRIORITY_CLASS_EMERGENCY":   2,
-	}
-)
-
-func (x PriorityClass) Enum() *PriorityClass {
-	p := new(PriorityClass)
-	*p = x
-	return p
-}
-
-func (x PriorityClass) String() string {
-	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
-}
-
-func (PriorityClass) Descriptor() protoreflect.EnumDescriptor {
-	return file_stopline_v1_priority_proto_enumTypes[0].Descriptor()
-}
-
-func (PriorityClass) Type() protoreflect.EnumType {
-	return &file_stopline_v1_priority_proto_enumTypes[0]
-}
-
-func (x PriorityClass) Number() protoreflect.EnumNumber {
-	return protoreflect.EnumNumber(x)
-}
-
-// Deprecated: Use PriorityClass.Descriptor instead.
-func (PriorityClass) EnumDescriptor() ([]byte, []int) {
-	return file_stopline_v1_priority_proto_rawDescGZIP(), []int{0}
-}
-
 // PriorityState is that of a request at one junction, or of the whole: RSMP's
 // states of S0033.
 type PriorityState int32
@@ -131,11 +81,11 @@ func (x PriorityState) String() string {
 }
 
 func (PriorityState) Descriptor() protoreflect.EnumDescriptor {
-	return file_stopline_v1_priority_proto_enumTypes[1].Descriptor()
+	return file_stopline_v1_priority_proto_enumTypes[0].Descriptor()
 }
 
 func (PriorityState) Type() protoreflect.EnumType {
-	return &file_stopline_v1_priority_proto_enumTypes[1]
+	return &file_stopline_v1_priority_proto_enumTypes[0]
 }
 
 func (x PriorityState) Number() protoreflect.EnumNumber {
@@ -144,67 +94,7 @@ func (x PriorityState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PriorityState.Descriptor instead.
 func (PriorityState) EnumDescriptor() ([]byte, []int) {
-	return file_stopline_v1_priority_proto_rawDescGZIP(), []int{1}
-}
-
-// OverrideAction is what an operator wants of a junction.
-type OverrideAction int32
-
-const (
-	OverrideAction_OVERRIDE_ACTION_UNSPECIFIED OverrideAction = 0
-	// Run the plan that is named.
-	OverrideAction_OVERRIDE_ACTION_PLAN OverrideAction = 1
-	// Stay in the stage that is named, or in the one that is shown.
-	OverrideAction_OVERRIDE_ACTION_HOLD OverrideAction = 2
-	// Flash.
-	OverrideAction_OVERRIDE_ACTION_FLASH OverrideAction = 3
-	// End an override.
-	OverrideAction_OVERRIDE_ACTION_RELEASE OverrideAction = 4
-)
-
-// Enum value maps for OverrideAction.
-var (
-	OverrideAction_name = map[int32]string{
-		0: "OVERRIDE_ACTION_UNSPECIFIED",
-		1: "OVERRIDE_ACTION_PLAN",
-		2: "OVERRIDE_ACTION_HOLD",
-		3: "OVERRIDE_ACTION_FLASH",
-		4: "OVERRIDE_ACTION_RELEASE",
-	}
-	OverrideAction_value = map[string]int32{
-		"OVERRIDE_ACTION_UNSPECIFIED": 0,
-		"OVERRIDE_ACTION_PLAN":        1,
-		"OVERRIDE_ACTION_HOLD":        2,
-		"OVERRIDE_ACTION_FLASH":       3,
-		"OVERRIDE_ACTION_RELEASE":     4,
-	}
-)
-
-func (x OverrideAction) Enum() *OverrideAction {
-	p := new(OverrideAction)
-	*p = x
-	return p
-}
-
-func (x OverrideAction) String() string {
-	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
-}
-
-func (OverrideAction) Descriptor() protoreflect.EnumDescriptor {
-	return file_stopline_v1_priority_proto_enumTypes[2].Descriptor()
-}
-
-func (OverrideAction) Type() protoreflect.EnumType {
-	return &file_stopline_v1_priority_proto_enumTypes[2]
-}
-
-func (x OverrideAction) Number() protoreflect.EnumNumber {
-	return protoreflect.EnumNumber(x)
-}
-
-// Deprecated: Use OverrideAction.Descriptor instead.
-func (OverrideAction) EnumDescriptor() ([]byte, []int) {
-	return file_stopline_v1_priority_proto_rawDescGZIP(), []int{2}
+	return file_stopline_v1_priority_proto_rawDescGZIP(), []int{0}
 }
 
 // PriorityStop is one junction of a route.
@@ -270,8 +160,7 @@ func (x *PriorityStop) GetArrival() *timestamppb.Timestamp {
 	return nil
 }
 
-// PriorityRequest is what an agency asks; it is sealed as a record of kind
-// request.
+// PriorityRequest is what an agency asks; it is sealed as a RequestRecord.
 type PriorityRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	District string                 `protobuf:"bytes,1,opt,name=district,proto3" json:"district,omitempty"`
@@ -1206,8 +1095,8 @@ func (x *CancelPriorityResponse) GetPriority() *Priority {
 	return nil
 }
 
-// OverrideRecord is what is sealed of an override, as a record of kind override.
-type OverrideRecord struct {
+// OverrideInfo is what was asked of a junction; it is sealed as an OverrideRecord.
+type OverrideInfo struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	District string                 `protobuf:"bytes,1,opt,name=district,proto3" json:"district,omitempty"`
 	Id       string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
@@ -1217,32 +1106,28 @@ type OverrideRecord struct {
 	// Stage to hold; -1 for the one that is shown.
 	Stage int32 `protobuf:"zigzag32,6,opt,name=stage,proto3" json:"stage,omitempty"`
 	// From the district's list: incident, works, event, fault, test, emergency.
-	Reason   string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
-	Operator string                 `protobuf:"bytes,8,opt,name=operator,proto3" json:"operator,omitempty"`
-	Issued   *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=issued,proto3" json:"issued,omitempty"`
-	Expires  *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=expires,proto3" json:"expires,omitempty"`
-	// Rises with each override of a junction.
-	Seq uint64 `protobuf:"varint,11,opt,name=seq,proto3" json:"seq,omitempty"`
-	// What the record releases, for RELEASE.
-	Releases      string `protobuf:"bytes,12,opt,name=releases,proto3" json:"releases,omitempty"`
+	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	Operator      string                 `protobuf:"bytes,8,opt,name=operator,proto3" json:"operator,omitempty"`
+	Issued        *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=issued,proto3" json:"issued,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=expires,proto3" json:"expires,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *OverrideRecord) Reset() {
-	*x = OverrideRecord{}
+func (x *OverrideInfo) Reset() {
+	*x = OverrideInfo{}
 	mi := &file_stopline_v1_priority_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *OverrideRecord) String() string {
+func (x *OverrideInfo) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*OverrideRecord) ProtoMessage() {}
+func (*OverrideInfo) ProtoMessage() {}
 
-func (x *OverrideRecord) ProtoReflect() protoreflect.Message {
+func (x *OverrideInfo) ProtoReflect() protoreflect.Message {
 	mi := &file_stopline_v1_priority_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -1254,99 +1139,85 @@ func (x *OverrideRecord) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use OverrideRecord.ProtoReflect.Descriptor instead.
-func (*OverrideRecord) Descriptor() ([]byte, []int) {
+// Deprecated: Use OverrideInfo.ProtoReflect.Descriptor instead.
+func (*OverrideInfo) Descriptor() ([]byte, []int) {
 	return file_stopline_v1_priority_proto_rawDescGZIP(), []int{16}
 }
 
-func (x *OverrideRecord) GetDistrict() string {
+func (x *OverrideInfo) GetDistrict() string {
 	if x != nil {
 		return x.District
 	}
 	return ""
 }
 
-func (x *OverrideRecord) GetId() string {
+func (x *OverrideInfo) GetId() string {
 	if x != nil {
 		return x.Id
 	}
 	return ""
 }
 
-func (x *OverrideRecord) GetJunction() string {
+func (x *OverrideInfo) GetJunction() string {
 	if x != nil {
 		return x.Junction
 	}
 	return ""
 }
 
-func (x *OverrideRecord) GetAction() OverrideAction {
+func (x *OverrideInfo) GetAction() OverrideAction {
 	if x != nil {
 		return x.Action
 	}
 	return OverrideAction_OVERRIDE_ACTION_UNSPECIFIED
 }
 
-func (x *OverrideRecord) GetPlan() string {
+func (x *OverrideInfo) GetPlan() string {
 	if x != nil {
 		return x.Plan
 	}
 	return ""
 }
 
-func (x *OverrideRecord) GetStage() int32 {
+func (x *OverrideInfo) GetStage() int32 {
 	if x != nil {
 		return x.Stage
 	}
 	return 0
 }
 
-func (x *OverrideRecord) GetReason() string {
+func (x *OverrideInfo) GetReason() string {
 	if x != nil {
 		return x.Reason
 	}
 	return ""
 }
 
-func (x *OverrideRecord) GetOperator() string {
+func (x *OverrideInfo) GetOperator() string {
 	if x != nil {
 		return x.Operator
 	}
 	return ""
 }
 
-func (x *OverrideRecord) GetIssued() *timestamppb.Timestamp {
+func (x *OverrideInfo) GetIssued() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Issued
 	}
 	return nil
 }
 
-func (x *OverrideRecord) GetExpires() *timestamppb.Timestamp {
+func (x *OverrideInfo) GetExpires() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Expires
 	}
 	return nil
 }
 
-func (x *OverrideRecord) GetSeq() uint64 {
-	if x != nil {
-		return x.Seq
-	}
-	return 0
-}
-
-func (x *OverrideRecord) GetReleases() string {
-	if x != nil {
-		return x.Releases
-	}
-	return ""
-}
-
 // OverrideStatus is an override with what has become of it.
 type OverrideStatus struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
-	Record *OverrideRecord        `protobuf:"bytes,1,opt,name=record,proto3" json:"record,omitempty"`
+	Record *OverrideInfo          `protobuf:"bytes,1,opt,name=record,proto3" json:"record,omitempty"`
 	Active bool                   `protobuf:"varint,2,opt,name=active,proto3" json:"active,omitempty"`
 	// What the controller was seen to show.
 	Observed string `protobuf:"bytes,3,opt,name=observed,proto3" json:"observed,omitempty"`
@@ -1389,7 +1260,7 @@ func (*OverrideStatus) Descriptor() ([]byte, []int) {
 	return file_stopline_v1_priority_proto_rawDescGZIP(), []int{17}
 }
 
-func (x *OverrideStatus) GetRecord() *OverrideRecord {
+func (x *OverrideStatus) GetRecord() *OverrideInfo {
 	if x != nil {
 		return x.Record
 	}
@@ -1756,7 +1627,7 @@ var File_stopline_v1_priority_proto protoreflect.FileDescriptor
 
 const file_stopline_v1_priority_proto_rawDesc = "" +
 	"\n" +
-	"\x1astopline/v1/priority.proto\x12\vstopline.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x94\x01\n" +
+	"\x1astopline/v1/priority.proto\x12\vstopline.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18stopline/v1/agency.proto\"\x94\x01\n" +
 	"\fPriorityStop\x12%\n" +
 	"\bjunction\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\bjunction\x12\x1f\n" +
 	"\x05group\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x05group\x12<\n" +
@@ -1831,8 +1702,8 @@ const file_stopline_v1_priority_proto_rawDesc = "" +
 	"\x15CancelPriorityRequest\x12\x19\n" +
 	"\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x1aR\x02id\"K\n" +
 	"\x16CancelPriorityResponse\x121\n" +
-	"\bpriority\x18\x01 \x01(\v2\x15.stopline.v1.PriorityR\bpriority\"\xe6\x03\n" +
-	"\x0eOverrideRecord\x12\x1a\n" +
+	"\bpriority\x18\x01 \x01(\v2\x15.stopline.v1.PriorityR\bpriority\"\xb6\x03\n" +
+	"\fOverrideInfo\x12\x1a\n" +
 	"\bdistrict\x18\x01 \x01(\tR\bdistrict\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12%\n" +
 	"\bjunction\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\bjunction\x12?\n" +
@@ -1845,11 +1716,9 @@ const file_stopline_v1_priority_proto_rawDesc = "" +
 	"\boperator\x18\b \x01(\tR\boperator\x122\n" +
 	"\x06issued\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x06issued\x124\n" +
 	"\aexpires\x18\n" +
-	" \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x10\n" +
-	"\x03seq\x18\v \x01(\x04R\x03seq\x12\x1a\n" +
-	"\breleases\x18\f \x01(\tR\breleases\"\xc1\x01\n" +
-	"\x0eOverrideStatus\x123\n" +
-	"\x06record\x18\x01 \x01(\v2\x1b.stopline.v1.OverrideRecordR\x06record\x12\x16\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\xbf\x01\n" +
+	"\x0eOverrideStatus\x121\n" +
+	"\x06record\x18\x01 \x01(\v2\x19.stopline.v1.OverrideInfoR\x06record\x12\x16\n" +
 	"\x06active\x18\x02 \x01(\bR\x06active\x12\x1a\n" +
 	"\bobserved\x18\x03 \x01(\tR\bobserved\x12\x14\n" +
 	"\x05index\x18\x04 \x01(\x04R\x05index\x12\x16\n" +
@@ -1876,11 +1745,7 @@ const file_stopline_v1_priority_proto_rawDesc = "" +
 	"\bjunction\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x18?R\bjunction\x12\x14\n" +
 	"\x05ended\x18\x02 \x01(\bR\x05ended\"R\n" +
 	"\x15ListOverridesResponse\x129\n" +
-	"\toverrides\x18\x01 \x03(\v2\x1b.stopline.v1.OverrideStatusR\toverrides*i\n" +
-	"\rPriorityClass\x12\x1e\n" +
-	"\x1aPRIORITY_CLASS_UNSPECIFIED\x10\x00\x12\x1a\n" +
-	"\x16PRIORITY_CLASS_TRANSIT\x10\x01\x12\x1c\n" +
-	"\x18PRIORITY_CLASS_EMERGENCY\x10\x02*\xb1\x02\n" +
+	"\toverrides\x18\x01 \x03(\v2\x1b.stopline.v1.OverrideStatusR\toverrides*\xb1\x02\n" +
 	"\rPriorityState\x12\x1e\n" +
 	"\x1aPRIORITY_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17PRIORITY_STATE_RECEIVED\x10\x01\x12\x19\n" +
@@ -1891,13 +1756,7 @@ const file_stopline_v1_priority_proto_rawDesc = "" +
 	"\x17PRIORITY_STATE_COOLDOWN\x10\x06\x12\x1a\n" +
 	"\x16PRIORITY_STATE_TIMEOUT\x10\a\x12\x18\n" +
 	"\x14PRIORITY_STATE_STALE\x10\b\x12\x1c\n" +
-	"\x18PRIORITY_STATE_CANCELLED\x10\t*\x9d\x01\n" +
-	"\x0eOverrideAction\x12\x1f\n" +
-	"\x1bOVERRIDE_ACTION_UNSPECIFIED\x10\x00\x12\x18\n" +
-	"\x14OVERRIDE_ACTION_PLAN\x10\x01\x12\x18\n" +
-	"\x14OVERRIDE_ACTION_HOLD\x10\x02\x12\x19\n" +
-	"\x15OVERRIDE_ACTION_FLASH\x10\x03\x12\x1b\n" +
-	"\x17OVERRIDE_ACTION_RELEASE\x10\x042\xf0\b\n" +
+	"\x18PRIORITY_STATE_CANCELLED\x10\t2\xf0\b\n" +
 	"\x0fPriorityService\x12~\n" +
 	"\x0fRequestPriority\x12#.stopline.v1.RequestPriorityRequest\x1a$.stopline.v1.RequestPriorityResponse\" \x82\xd3\xe4\x93\x02\x1a:\x01*\"\x15/v1/priority-requests\x12t\n" +
 	"\vGetPriority\x12\x1f.stopline.v1.GetPriorityRequest\x1a .stopline.v1.GetPriorityResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/v1/priority-requests/{id}\x12x\n" +
@@ -1921,88 +1780,88 @@ func file_stopline_v1_priority_proto_rawDescGZIP() []byte {
 	return file_stopline_v1_priority_proto_rawDescData
 }
 
-var file_stopline_v1_priority_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_stopline_v1_priority_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_stopline_v1_priority_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_stopline_v1_priority_proto_goTypes = []any{
-	(PriorityClass)(0),              // 0: stopline.v1.PriorityClass
-	(PriorityState)(0),              // 1: stopline.v1.PriorityState
-	(OverrideAction)(0),             // 2: stopline.v1.OverrideAction
-	(*PriorityStop)(nil),            // 3: stopline.v1.PriorityStop
-	(*PriorityRequest)(nil),         // 4: stopline.v1.PriorityRequest
-	(*PriorityProgress)(nil),        // 5: stopline.v1.PriorityProgress
-	(*Priority)(nil),                // 6: stopline.v1.Priority
-	(*RequestPriorityRequest)(nil),  // 7: stopline.v1.RequestPriorityRequest
-	(*RequestPriorityResponse)(nil), // 8: stopline.v1.RequestPriorityResponse
-	(*GetPriorityRequest)(nil),      // 9: stopline.v1.GetPriorityRequest
-	(*GetPriorityResponse)(nil),     // 10: stopline.v1.GetPriorityResponse
-	(*ListPrioritiesRequest)(nil),   // 11: stopline.v1.ListPrioritiesRequest
-	(*ListPrioritiesResponse)(nil),  // 12: stopline.v1.ListPrioritiesResponse
-	(*WatchPriorityRequest)(nil),    // 13: stopline.v1.WatchPriorityRequest
-	(*WatchPriorityResponse)(nil),   // 14: stopline.v1.WatchPriorityResponse
-	(*UpdateArrivalRequest)(nil),    // 15: stopline.v1.UpdateArrivalRequest
-	(*UpdateArrivalResponse)(nil),   // 16: stopline.v1.UpdateArrivalResponse
-	(*CancelPriorityRequest)(nil),   // 17: stopline.v1.CancelPriorityRequest
-	(*CancelPriorityResponse)(nil),  // 18: stopline.v1.CancelPriorityResponse
-	(*OverrideRecord)(nil),          // 19: stopline.v1.OverrideRecord
-	(*OverrideStatus)(nil),          // 20: stopline.v1.OverrideStatus
-	(*OverrideRequest)(nil),         // 21: stopline.v1.OverrideRequest
-	(*OverrideResponse)(nil),        // 22: stopline.v1.OverrideResponse
-	(*ReleaseOverrideRequest)(nil),  // 23: stopline.v1.ReleaseOverrideRequest
-	(*ReleaseOverrideResponse)(nil), // 24: stopline.v1.ReleaseOverrideResponse
-	(*ListOverridesRequest)(nil),    // 25: stopline.v1.ListOverridesRequest
-	(*ListOverridesResponse)(nil),   // 26: stopline.v1.ListOverridesResponse
-	(*timestamppb.Timestamp)(nil),   // 27: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 28: google.protobuf.Duration
+	(PriorityState)(0),              // 0: stopline.v1.PriorityState
+	(*PriorityStop)(nil),            // 1: stopline.v1.PriorityStop
+	(*PriorityRequest)(nil),         // 2: stopline.v1.PriorityRequest
+	(*PriorityProgress)(nil),        // 3: stopline.v1.PriorityProgress
+	(*Priority)(nil),                // 4: stopline.v1.Priority
+	(*RequestPriorityRequest)(nil),  // 5: stopline.v1.RequestPriorityRequest
+	(*RequestPriorityResponse)(nil), // 6: stopline.v1.RequestPriorityResponse
+	(*GetPriorityRequest)(nil),      // 7: stopline.v1.GetPriorityRequest
+	(*GetPriorityResponse)(nil),     // 8: stopline.v1.GetPriorityResponse
+	(*ListPrioritiesRequest)(nil),   // 9: stopline.v1.ListPrioritiesRequest
+	(*ListPrioritiesResponse)(nil),  // 10: stopline.v1.ListPrioritiesResponse
+	(*WatchPriorityRequest)(nil),    // 11: stopline.v1.WatchPriorityRequest
+	(*WatchPriorityResponse)(nil),   // 12: stopline.v1.WatchPriorityResponse
+	(*UpdateArrivalRequest)(nil),    // 13: stopline.v1.UpdateArrivalRequest
+	(*UpdateArrivalResponse)(nil),   // 14: stopline.v1.UpdateArrivalResponse
+	(*CancelPriorityRequest)(nil),   // 15: stopline.v1.CancelPriorityRequest
+	(*CancelPriorityResponse)(nil),  // 16: stopline.v1.CancelPriorityResponse
+	(*OverrideInfo)(nil),            // 17: stopline.v1.OverrideInfo
+	(*OverrideStatus)(nil),          // 18: stopline.v1.OverrideStatus
+	(*OverrideRequest)(nil),         // 19: stopline.v1.OverrideRequest
+	(*OverrideResponse)(nil),        // 20: stopline.v1.OverrideResponse
+	(*ReleaseOverrideRequest)(nil),  // 21: stopline.v1.ReleaseOverrideRequest
+	(*ReleaseOverrideResponse)(nil), // 22: stopline.v1.ReleaseOverrideResponse
+	(*ListOverridesRequest)(nil),    // 23: stopline.v1.ListOverridesRequest
+	(*ListOverridesResponse)(nil),   // 24: stopline.v1.ListOverridesResponse
+	(*timestamppb.Timestamp)(nil),   // 25: google.protobuf.Timestamp
+	(PriorityClass)(0),              // 26: stopline.v1.PriorityClass
+	(*durationpb.Duration)(nil),     // 27: google.protobuf.Duration
+	(OverrideAction)(0),             // 28: stopline.v1.OverrideAction
 }
 var file_stopline_v1_priority_proto_depIdxs = []int32{
-	27, // 0: stopline.v1.PriorityStop.arrival:type_name -> google.protobuf.Timestamp
-	0,  // 1: stopline.v1.PriorityRequest.class:type_name -> stopline.v1.PriorityClass
-	28, // 2: stopline.v1.PriorityRequest.lateness:type_name -> google.protobuf.Duration
-	3,  // 3: stopline.v1.PriorityRequest.stops:type_name -> stopline.v1.PriorityStop
-	27, // 4: stopline.v1.PriorityRequest.requested:type_name -> google.protobuf.Timestamp
-	27, // 5: stopline.v1.PriorityRequest.expires:type_name -> google.protobuf.Timestamp
-	1,  // 6: stopline.v1.PriorityProgress.state:type_name -> stopline.v1.PriorityState
-	27, // 7: stopline.v1.PriorityProgress.arrival:type_name -> google.protobuf.Timestamp
-	27, // 8: stopline.v1.PriorityProgress.since:type_name -> google.protobuf.Timestamp
-	27, // 9: stopline.v1.PriorityProgress.observed_time:type_name -> google.protobuf.Timestamp
-	4,  // 10: stopline.v1.Priority.request:type_name -> stopline.v1.PriorityRequest
-	1,  // 11: stopline.v1.Priority.state:type_name -> stopline.v1.PriorityState
-	5,  // 12: stopline.v1.Priority.progress:type_name -> stopline.v1.PriorityProgress
-	4,  // 13: stopline.v1.RequestPriorityRequest.request:type_name -> stopline.v1.PriorityRequest
-	6,  // 14: stopline.v1.RequestPriorityResponse.priority:type_name -> stopline.v1.Priority
-	6,  // 15: stopline.v1.GetPriorityResponse.priority:type_name -> stopline.v1.Priority
-	6,  // 16: stopline.v1.ListPrioritiesResponse.priorities:type_name -> stopline.v1.Priority
-	6,  // 17: stopline.v1.WatchPriorityResponse.priority:type_name -> stopline.v1.Priority
-	3,  // 18: stopline.v1.UpdateArrivalRequest.stops:type_name -> stopline.v1.PriorityStop
-	6,  // 19: stopline.v1.UpdateArrivalResponse.priority:type_name -> stopline.v1.Priority
-	6,  // 20: stopline.v1.CancelPriorityResponse.priority:type_name -> stopline.v1.Priority
-	2,  // 21: stopline.v1.OverrideRecord.action:type_name -> stopline.v1.OverrideAction
-	27, // 22: stopline.v1.OverrideRecord.issued:type_name -> google.protobuf.Timestamp
-	27, // 23: stopline.v1.OverrideRecord.expires:type_name -> google.protobuf.Timestamp
-	19, // 24: stopline.v1.OverrideStatus.record:type_name -> stopline.v1.OverrideRecord
-	2,  // 25: stopline.v1.OverrideRequest.action:type_name -> stopline.v1.OverrideAction
-	28, // 26: stopline.v1.OverrideRequest.duration:type_name -> google.protobuf.Duration
-	20, // 27: stopline.v1.OverrideResponse.override:type_name -> stopline.v1.OverrideStatus
-	20, // 28: stopline.v1.ReleaseOverrideResponse.override:type_name -> stopline.v1.OverrideStatus
-	20, // 29: stopline.v1.ListOverridesResponse.overrides:type_name -> stopline.v1.OverrideStatus
-	7,  // 30: stopline.v1.PriorityService.RequestPriority:input_type -> stopline.v1.RequestPriorityRequest
-	9,  // 31: stopline.v1.PriorityService.GetPriority:input_type -> stopline.v1.GetPriorityRequest
-	11, // 32: stopline.v1.PriorityService.ListPriorities:input_type -> stopline.v1.ListPrioritiesRequest
-	13, // 33: stopline.v1.PriorityService.WatchPriority:input_type -> stopline.v1.WatchPriorityRequest
-	15, // 34: stopline.v1.PriorityService.UpdateArrival:input_type -> stopline.v1.UpdateArrivalRequest
-	17, // 35: stopline.v1.PriorityService.CancelPriority:input_type -> stopline.v1.CancelPriorityRequest
-	21, // 36: stopline.v1.PriorityService.Override:input_type -> stopline.v1.OverrideRequest
-	23, // 37: stopline.v1.PriorityService.ReleaseOverride:input_type -> stopline.v1.ReleaseOverrideRequest
-	25, // 38: stopline.v1.PriorityService.ListOverrides:input_type -> stopline.v1.ListOverridesRequest
-	8,  // 39: stopline.v1.PriorityService.RequestPriority:output_type -> stopline.v1.RequestPriorityResponse
-	10, // 40: stopline.v1.PriorityService.GetPriority:output_type -> stopline.v1.GetPriorityResponse
-	12, // 41: stopline.v1.PriorityService.ListPriorities:output_type -> stopline.v1.ListPrioritiesResponse
-	14, // 42: stopline.v1.PriorityService.WatchPriority:output_type -> stopline.v1.WatchPriorityResponse
-	16, // 43: stopline.v1.PriorityService.UpdateArrival:output_type -> stopline.v1.UpdateArrivalResponse
-	18, // 44: stopline.v1.PriorityService.CancelPriority:output_type -> stopline.v1.CancelPriorityResponse
-	22, // 45: stopline.v1.PriorityService.Override:output_type -> stopline.v1.OverrideResponse
-	24, // 46: stopline.v1.PriorityService.ReleaseOverride:output_type -> stopline.v1.ReleaseOverrideResponse
-	26, // 47: stopline.v1.PriorityService.ListOverrides:output_type -> stopline.v1.ListOverridesResponse
+	25, // 0: stopline.v1.PriorityStop.arrival:type_name -> google.protobuf.Timestamp
+	26, // 1: stopline.v1.PriorityRequest.class:type_name -> stopline.v1.PriorityClass
+	27, // 2: stopline.v1.PriorityRequest.lateness:type_name -> google.protobuf.Duration
+	1,  // 3: stopline.v1.PriorityRequest.stops:type_name -> stopline.v1.PriorityStop
+	25, // 4: stopline.v1.PriorityRequest.requested:type_name -> google.protobuf.Timestamp
+	25, // 5: stopline.v1.PriorityRequest.expires:type_name -> google.protobuf.Timestamp
+	0,  // 6: stopline.v1.PriorityProgress.state:type_name -> stopline.v1.PriorityState
+	25, // 7: stopline.v1.PriorityProgress.arrival:type_name -> google.protobuf.Timestamp
+	25, // 8: stopline.v1.PriorityProgress.since:type_name -> google.protobuf.Timestamp
+	25, // 9: stopline.v1.PriorityProgress.observed_time:type_name -> google.protobuf.Timestamp
+	2,  // 10: stopline.v1.Priority.request:type_name -> stopline.v1.PriorityRequest
+	0,  // 11: stopline.v1.Priority.state:type_name -> stopline.v1.PriorityState
+	3,  // 12: stopline.v1.Priority.progress:type_name -> stopline.v1.PriorityProgress
+	2,  // 13: stopline.v1.RequestPriorityRequest.request:type_name -> stopline.v1.PriorityRequest
+	4,  // 14: stopline.v1.RequestPriorityResponse.priority:type_name -> stopline.v1.Priority
+	4,  // 15: stopline.v1.GetPriorityResponse.priority:type_name -> stopline.v1.Priority
+	4,  // 16: stopline.v1.ListPrioritiesResponse.priorities:type_name -> stopline.v1.Priority
+	4,  // 17: stopline.v1.WatchPriorityResponse.priority:type_name -> stopline.v1.Priority
+	1,  // 18: stopline.v1.UpdateArrivalRequest.stops:type_name -> stopline.v1.PriorityStop
+	4,  // 19: stopline.v1.UpdateArrivalResponse.priority:type_name -> stopline.v1.Priority
+	4,  // 20: stopline.v1.CancelPriorityResponse.priority:type_name -> stopline.v1.Priority
+	28, // 21: stopline.v1.OverrideInfo.action:type_name -> stopline.v1.OverrideAction
+	25, // 22: stopline.v1.OverrideInfo.issued:type_name -> google.protobuf.Timestamp
+	25, // 23: stopline.v1.OverrideInfo.expires:type_name -> google.protobuf.Timestamp
+	17, // 24: stopline.v1.OverrideStatus.record:type_name -> stopline.v1.OverrideInfo
+	28, // 25: stopline.v1.OverrideRequest.action:type_name -> stopline.v1.OverrideAction
+	27, // 26: stopline.v1.OverrideRequest.duration:type_name -> google.protobuf.Duration
+	18, // 27: stopline.v1.OverrideResponse.override:type_name -> stopline.v1.OverrideStatus
+	18, // 28: stopline.v1.ReleaseOverrideResponse.override:type_name -> stopline.v1.OverrideStatus
+	18, // 29: stopline.v1.ListOverridesResponse.overrides:type_name -> stopline.v1.OverrideStatus
+	5,  // 30: stopline.v1.PriorityService.RequestPriority:input_type -> stopline.v1.RequestPriorityRequest
+	7,  // 31: stopline.v1.PriorityService.GetPriority:input_type -> stopline.v1.GetPriorityRequest
+	9,  // 32: stopline.v1.PriorityService.ListPriorities:input_type -> stopline.v1.ListPrioritiesRequest
+	11, // 33: stopline.v1.PriorityService.WatchPriority:input_type -> stopline.v1.WatchPriorityRequest
+	13, // 34: stopline.v1.PriorityService.UpdateArrival:input_type -> stopline.v1.UpdateArrivalRequest
+	15, // 35: stopline.v1.PriorityService.CancelPriority:input_type -> stopline.v1.CancelPriorityRequest
+	19, // 36: stopline.v1.PriorityService.Override:input_type -> stopline.v1.OverrideRequest
+	21, // 37: stopline.v1.PriorityService.ReleaseOverride:input_type -> stopline.v1.ReleaseOverrideRequest
+	23, // 38: stopline.v1.PriorityService.ListOverrides:input_type -> stopline.v1.ListOverridesRequest
+	6,  // 39: stopline.v1.PriorityService.RequestPriority:output_type -> stopline.v1.RequestPriorityResponse
+	8,  // 40: stopline.v1.PriorityService.GetPriority:output_type -> stopline.v1.GetPriorityResponse
+	10, // 41: stopline.v1.PriorityService.ListPriorities:output_type -> stopline.v1.ListPrioritiesResponse
+	12, // 42: stopline.v1.PriorityService.WatchPriority:output_type -> stopline.v1.WatchPriorityResponse
+	14, // 43: stopline.v1.PriorityService.UpdateArrival:output_type -> stopline.v1.UpdateArrivalResponse
+	16, // 44: stopline.v1.PriorityService.CancelPriority:output_type -> stopline.v1.CancelPriorityResponse
+	20, // 45: stopline.v1.PriorityService.Override:output_type -> stopline.v1.OverrideResponse
+	22, // 46: stopline.v1.PriorityService.ReleaseOverride:output_type -> stopline.v1.ReleaseOverrideResponse
+	24, // 47: stopline.v1.PriorityService.ListOverrides:output_type -> stopline.v1.ListOverridesResponse
 	39, // [39:48] is the sub-list for method output_type
 	30, // [30:39] is the sub-list for method input_type
 	30, // [30:30] is the sub-list for extension type_name
@@ -2015,13 +1874,14 @@ func file_stopline_v1_priority_proto_init() {
 	if File_stopline_v1_priority_proto != nil {
 		return
 	}
+	file_stopline_v1_agency_proto_init()
 	file_stopline_v1_priority_proto_msgTypes[18].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_stopline_v1_priority_proto_rawDesc), len(file_stopline_v1_priority_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      1,
 			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
