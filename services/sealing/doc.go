@@ -9,6 +9,10 @@
 //
 //	DIR/genesis.json       what the district began from; never changes
 //	DIR/policy             whose signatures a checkpoint needs (C2SP tlog-policy)
+//	DIR/succession.json    who the validators were after genesis, with the proof:
+//	                       [ledger.SuccessionProof]; none before the first change
+//	DIR/checkpoint.witnessed  the newest sealed checkpoint that witnesses, too, have
+//	                       cosigned
 //	DIR/log/checkpoint     the newest sealed checkpoint (C2SP tlog-checkpoint)
 //	DIR/log/tile/…         tiles and entry bundles (C2SP tlog-tiles)
 //	DIR/log/blocks/        journal: every block without payloads, record = height − 1

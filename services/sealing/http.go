@@ -34,11 +34,28 @@ const (
 	cacheNever     = "no-store"
 )
 
-// mutable are the files of a log beside its tiles that are served, with their
-// content types. Each is replaced whole.
-var mutable = map[string]string{
-	checkpointFile: "text/plain; charset=utf-8",
-	witnessedFile:  "text/plain; charset=utf-8",
+// readers read what is served beside the tiles, each replaced whole, with its
+// content type.
+var readers = map[string]struct {
+	contentType string
+	read        func(dir string) ([]byte, error)
+}{
+	"checkpoint": {"text/plain; charset=utf-8", func(dir string) ([]byte, error) {
+		return os.ReadFile(filepath.Join(dir, logDir, checkpointFile))
+	}},
+	"checkpoint.witnessed": {"text/plain; charset=utf-8", func(dir string) ([]byte, error) {
+		return os.ReadFile(filepath.Join(dir, witnessedFile))
+	}},
+	"succession": {"application/json", readSuccession},
+}
+
+// readTile reads a tile.
+func readTile(dir string, id ledger.TileID) ([]byte, error) {
+	b, err := os.ReadFile(filepath.Join(dir, logDir, filepath.FromSlash(id.Path())))
+	if errors.Is(err, fs.ErrNotExist) && id.Width < ledger.TileWidth {
+		return cutFromFull(dir, id)
+	}
+	return b, err
 }
 
 // Handler serves the log of a data folder; log is optional. Beside what C2SP
@@ -76,20 +93,22 @@ func Handler(dir string, log *slog.Logger) http.Handler {
 			return
 		}
 		name := strings.TrimPrefix(r.URL.Path, "/")
-		contentType, cache := mutable[name], cacheAsk
-		var tile *ledger.TileID
-		if contentType == "" {
+		var b []byte
+		var err error
+		reader, named := readers[name]
+		contentType, cache, shrinks := reader.contentType, cacheAsk, true
+		if named {
+			b, err = reader.read(dir)
+		} else {
 			// Only names of tiles pass: nothing else of the folder can be reached.
-			id, err := ledger.ParseTilePath(name)
-			if err != nil {
+			id, perr := ledger.ParseTilePath(name)
+			if perr != nil {
 				fail("not found: /checkpoint and /tile/… are served", http.StatusNotFound)
 				return
 			}
-			tile, contentType, cache = &id, "application/octet-stream", cacheImmutable
-		}
-		b, err := os.ReadFile(filepath.Join(dir, logDir, filepath.FromSlash(name)))
-		if errors.Is(err, fs.ErrNotExist) && tile != nil && tile.Width < ledger.TileWidth {
-			b, err = cutFromFull(dir, *tile)
+			contentType, cache = "application/octet-stream", cacheImmutable
+			shrinks = id.Level == ledger.EntriesLevel // hashes do not
+			b, err = readTile(dir, id)
 		}
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
@@ -102,8 +121,7 @@ func Handler(dir string, log *slog.Logger) http.Handler {
 		}
 		sum := sha256.Sum256(b)
 		tag := hex.EncodeToString(sum[:16])
-		// Hashes do not get shorter.
-		if tile == nil || tile.Level == ledger.EntriesLevel {
+		if shrinks {
 			h.Set("Vary", "Accept-Encoding")
 			if acceptsGzip(r.Header.Values("Accept-Encoding")) {
 				b, tag = zipped(b), tag+"-gz"

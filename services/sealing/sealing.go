@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -37,6 +39,16 @@ type Config struct {
 	LogKey string
 	// Interval is the least time between checkpoints. 100 ms.
 	Interval time.Duration
+	// Witnesses are asked to cosign besides those that the policy gives a URL.
+	// Optional; each needs a URL.
+	Witnesses []ledger.Witness
+	// WitnessInterval is how often witnesses are asked. Where the policy needs them
+	// it is the least time between checkpoints, too. 5 s.
+	WitnessInterval time.Duration
+	// WitnessTimeout is how long all of them together have to answer. 5 s.
+	WitnessTimeout time.Duration
+	// HTTPClient asks witnesses. Optional.
+	HTTPClient *http.Client
 	// CosignTimeout is how long validators are asked to cosign one checkpoint
 	// before a newer one is tried. 2 s.
 	CosignTimeout time.Duration
@@ -70,8 +82,13 @@ func (c *Config) Validate() error {
 	} else if g != nil && s.Name() != g.Origin {
 		errs = append(errs, fmt.Errorf("sealing: LogKey: is named %s, the log %s", s.Name(), g.Origin))
 	}
-	if c.Interval < 0 || c.CosignTimeout < 0 {
-		errs = append(errs, errors.New("sealing: Interval, CosignTimeout: must not be negative"))
+	if c.Interval < 0 || c.CosignTimeout < 0 || c.WitnessInterval < 0 || c.WitnessTimeout < 0 {
+		errs = append(errs, errors.New("sealing: Interval, CosignTimeout, WitnessInterval, WitnessTimeout: must not be negative"))
+	}
+	for i, w := range c.Witnesses {
+		if w.Cosigner == nil || !strings.HasPrefix(w.URL, "http://") && !strings.HasPrefix(w.URL, "https://") {
+			errs = append(errs, fmt.Errorf("sealing: Witnesses[%d]: must have a key and a URL", i))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -84,6 +101,7 @@ type Metrics struct {
 	Refused     uint64 // cosign requests that a validator refused or answered wrongly
 	Unanswered  uint64 // cosign requests without an answer
 	Junk        uint64 // copies of blocks that were not valid
+	Witnesses   WitnessMetrics
 	// SealedP50 and SealedP99 are how long the last blocks (up to 1024) waited
 	// from arriving here to being sealed.
 	SealedP50, SealedP99 time.Duration
@@ -99,6 +117,8 @@ type Service struct {
 	stats     decided.Stats
 	journaled chan struct{} // has room for one: a block was journalled
 	handover  time.Duration // [handoverWait]; shorter in a test
+	askers    []*asker      // of witnesses
+	needed    bool          // the policy is not met without witnesses
 
 	mu      sync.Mutex // guards what follows
 	m       Metrics
@@ -123,6 +143,12 @@ func New(c Config) (*Service, error) {
 	if c.CosignTimeout == 0 {
 		c.CosignTimeout = 2 * time.Second
 	}
+	if c.WitnessInterval == 0 {
+		c.WitnessInterval = 5 * time.Second
+	}
+	if c.WitnessTimeout == 0 {
+		c.WitnessTimeout = 5 * time.Second
+	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -138,8 +164,24 @@ func New(c Config) (*Service, error) {
 	if s.signer, err = note.NewSigner(c.LogKey); err != nil {
 		return nil, errors.Join(err, store.Close())
 	}
-	if _, err := s.cosigners(store.Council(0)); err != nil {
+	first := store.Council(0)
+	validators, err := s.cosigners(first)
+	if err != nil {
 		return nil, errors.Join(err, store.Close())
+	}
+	var keys []ed25519.PublicKey
+	for _, v := range validators {
+		keys = append(keys, v.Key())
+	}
+	s.askers, s.needed = c.askers(store.policy, store), !store.policy.MetBy(keys...)
+	if s.needed {
+		for _, a := range s.askers {
+			keys = append(keys, a.Key())
+		}
+		if !store.policy.MetBy(keys...) {
+			return nil, errors.Join(errors.New("sealing: Policy: needs witnesses whose URL nobody gives: nothing could ever be sealed"), store.Close())
+		}
+		s.c.Interval = max(s.c.Interval, s.c.WitnessInterval)
 	}
 	return s, nil
 }
@@ -197,6 +239,7 @@ func (s *Service) Run(ctx context.Context) error {
 		}},
 		run.Actor{Name: "journal", Run: func(ctx context.Context) error { return s.journal(ctx, blocks) }},
 		run.Actor{Name: "seal", Run: s.seal},
+		run.Actor{Name: "witness", Run: s.witness},
 	)
 }
 
@@ -310,8 +353,27 @@ func (s *Service) checkpoint(ctx context.Context, p *Point) error {
 		}
 		return nil
 	}
+	if s.needed {
+		policy := s.store.Council(p.Header.Height).Policy
+		lines := s.gather(ctx, cp, signed, func(lines []string) bool {
+			_, err := policy.Open(append(slices.Clone(signed), strings.Join(lines, "")...))
+			return err == nil
+		})
+		signed = append(signed, strings.Join(lines, "")...)
+		if _, err := policy.Open(signed); err != nil {
+			if ctx.Err() == nil {
+				s.log.Warn("sealing: not enough witnesses have cosigned", "height", p.Header.Height, "err", err)
+			}
+			return nil
+		}
+	}
 	if err := s.store.Seal(p, signed); err != nil {
 		return fmt.Errorf("sealing block %d: %w", p.Header.Height, err)
+	}
+	if s.needed {
+		if err := s.store.Witnessed(p.Header.Height, signed); err != nil {
+			return fmt.Errorf("sealing block %d: %w", p.Header.Height, err)
+		}
 	}
 	now := time.Now()
 	s.mu.Lock()
@@ -390,13 +452,13 @@ func (s *Service) cosign(ctx context.Context, h ledger.Height, cp ledger.Checkpo
 			if err != nil {
 				return nil, err
 			}
-			if _, last = council.Policy.Open(signed); last != nil {
+			if _, last = council.Quorum.Open(signed); last != nil {
 				continue
 			}
 			if council.Since == 0 || len(have) == len(cosigners) {
 				return signed, nil
 			}
-			if _, err := s.store.policy.Open(signed); err == nil {
+			if _, err := s.store.Council(0).Quorum.Open(signed); err == nil {
 				return signed, nil
 			}
 			if good = signed; !s.store.pinnable(council) {

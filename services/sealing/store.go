@@ -54,6 +54,7 @@ type Store struct {
 	// succession is who decided which blocks; it is on disk before the block that
 	// changes them is journalled.
 	succession *ledger.Succession
+	steps      []ledger.Step // as on disk
 	// handovers are the ends of blocks that changed the validators and are not
 	// sealed: those who were validators until then should seal them.
 	handovers []*Point
@@ -71,7 +72,7 @@ const (
 	historyDir = "log/checkpoints"
 )
 
-// Files of the log that are replaced whole, below logDir.
+// Files that are replaced whole: the first below logDir, the other beside it.
 const (
 	checkpointFile = "checkpoint"
 	witnessedFile  = "checkpoint.witnessed"
@@ -413,6 +414,15 @@ func (s *Store) publish(note []byte) error {
 		return nil
 	}
 	return s.files.write(path, note)
+}
+
+// Witnessed makes public a sealed checkpoint with cosignatures of witnesses, in a
+// file of its own: by the time they have answered there is a newer checkpoint.
+func (s *Store) Witnessed(h ledger.Height, note []byte) error {
+	if _, err := s.Check(h, note); err != nil {
+		return err
+	}
+	return s.files.write(filepath.Join(s.o.Dir, witnessedFile), note)
 }
 
 // dropPartial removes the partial forms of tiles that are full in the sealed
