@@ -125,6 +125,7 @@ type watch struct {
 	savedAt  time.Time
 	saved    kept
 	retryAt  time.Time
+	met      *finding // what the last walk broke off at
 	failing  bool
 	first    map[string]time.Time // when a condition was first met
 	stat     map[string]fs.FileInfo
@@ -238,6 +239,7 @@ func (w *watch) look(trouble error) {
 	now := time.Now()
 	var fs []finding
 	if trouble != nil {
+		w.loaded = false // the files were opened anew, and may be others
 		fs = append(fs, finding{rule: Damage, subject: "folder", detail: trouble.Error()})
 	}
 	if w.s.blocks != nil && w.s.history != nil {
@@ -392,10 +394,14 @@ func (w *watch) folder(now time.Time) (out []finding) {
 		return out
 	}
 	if now.Before(w.retryAt) {
+		if w.met != nil { // it was not looked at again
+			out = append(out, *w.met)
+		}
 		return out
 	}
 	f, done := w.walk(now)
 	w.failing = f == nil && !done && w.failing
+	w.met = f
 	if f != nil {
 		// Begin again from what was kept; not at once, because it may be long ago.
 		w.loaded, w.retryAt = false, now.Add(min(5*time.Second, 5*w.s.c.Poll))
@@ -421,14 +427,15 @@ func (w *watch) replaced() bool {
 			delete(w.stat, dir)
 			continue
 		}
-		st, err := os.Stat(filepath.Join(w.s.c.Dir, dir, entries[len(entries)-1].Name()))
-		if err != nil {
-			continue // removed meanwhile; the next look tells
+		if old := w.stat[dir]; old != nil {
+			st, err := os.Stat(filepath.Join(w.s.c.Dir, dir, old.Name()))
+			if err != nil || !os.SameFile(old, st) || st.Size() < old.Size() {
+				changed = true
+			}
 		}
-		if old := w.stat[dir]; old != nil && (old.Name() > st.Name() || old.Name() == st.Name() && (!os.SameFile(old, st) || st.Size() < old.Size())) {
-			changed = true
+		if st, err := os.Stat(filepath.Join(w.s.c.Dir, dir, entries[len(entries)-1].Name())); err == nil {
+			w.stat[dir] = st
 		}
-		w.stat[dir] = st
 	}
 	return changed
 }
