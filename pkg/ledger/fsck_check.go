@@ -48,6 +48,8 @@ type Checker struct {
 	due      uint64 // size of the log so far
 	gap      bool   // blocks before the next one could not be read
 	run      *run
+	told     map[string]bool // where payloads were told to be missing
+	more     uint64          // payloads that are missing there, too
 	total    uint64
 
 	// Used by Take.
@@ -119,7 +121,6 @@ type indexed struct {
 type run struct {
 	p           Problem
 	first, last uint64
-	hole        *hole
 }
 
 // NewChecker reads the documents of a data folder and the names of its journals.
@@ -129,7 +130,7 @@ func NewChecker(dir fs.FS, o FsckOptions) (*Checker, error) {
 	if o.MaxProblems <= 0 {
 		o.MaxProblems = 100
 	}
-	c := &Checker{o: o, dir: dir, tree: &edge{}, linked: true, sure: true, lost: map[uint64]rec{}}
+	c := &Checker{o: o, dir: dir, tree: &edge{}, linked: true, sure: true, lost: map[uint64]rec{}, told: map[string]bool{}}
 	ok, err := c.documents()
 	if err != nil {
 		return nil, err
@@ -200,6 +201,9 @@ func (c *Checker) documents() (ok bool, err error) {
 	own, err := ParsePolicy(b)
 	if err == nil {
 		err = c.ownPolicy(own)
+	}
+	if err == nil && !bytes.HasPrefix(b, []byte("log "+c.genesis.LogKey+"\n")) {
+		err = errors.New("log: is not written as in the genesis document")
 	}
 	if err == nil && !plainPolicy(b) {
 		err = errors.New("is not in the form that it is written in: fields with one space between, no comments")
@@ -474,56 +478,65 @@ func (c *Checker) slots(p *Piece, it *item) error {
 
 // missing notes that there is no payload for a leaf.
 func (c *Checker) missing(p *Piece, it *item, leaf uint64) {
-	var at *hole
-	where := Problem{File: fsckPayload, Rule: "a payload is missing"}
+	if c.run != nil && c.run.last+1 == leaf {
+		c.run.last = leaf
+		return
+	}
+	c.flush(p)
+	where, at := c.whence()
+	where.Leaf, where.Height = &leaf, &it.h.Height
+	key := where.where()
+	if at != nil {
+		where.Kind, at.told = kindOf(at.data), true
+	}
+	if key != fsckPayload && c.told[key] {
+		c.more++
+		return
+	}
+	c.told[key] = true
+	c.run = &run{where, leaf, leaf}
+}
+
+// whence says where the payload that is due should have been: in a hole of one of
+// the stores; or behind the end of one; which, cannot be told in general.
+func (c *Checker) whence() (where Problem, at *hole) {
+	where = Problem{File: fsckPayload, Rule: "a payload is missing"}
+	last, first := (*head)(nil), (*head)(nil)
 	for _, h := range c.payloads {
 		n := uint64(math.MaxUint64)
 		if h.now != nil {
 			n = h.now.n
 		}
-		switch {
-		case h.floor > 0 && !h.any:
-			where = Problem{File: h.dir + "/" + segment.Name(0), Rule: "is missing, and no receipt says why"}
-		case len(c.payloads) > 1: // it may have been in any of them
-		case h.now != nil:
-			where = Problem{File: h.now.file, Offset: &h.now.offset, Record: &h.now.n, Rule: "a payload is missing that should be before"}
-		default:
-			where = h.place()
-			where.Rule = "the store ends before a payload that should follow"
-		}
 		for _, x := range h.holes {
 			if x.to > x.from && (x.to == n || x.to == math.MaxUint64 && h.now == nil) {
-				at = x
+				return x.at, x
 			}
 		}
-		if at != nil {
-			where = at.at
-			break
-		}
-	}
-	if c.run == nil || c.run.hole != at {
-		c.flush(p)
-		where.Leaf, where.Height = &leaf, &it.h.Height
 		switch {
-		case at == nil:
-		case at.told:
-			where.Rule = "" // of which a part was in the piece before
-		default:
-			where.Kind = kindOf(at.data)
+		case h.floor > 0 && !h.any:
+			first = h
+		case h.now == nil && (last == nil || h.before > last.before):
+			last = h
 		}
-		if at != nil {
-			at.told = true
-		}
-		c.run = &run{p: where, first: leaf, hole: at}
 	}
-	c.run.last = leaf
+	switch {
+	case first != nil:
+		where = Problem{File: first.dir + "/" + segment.Name(0), Rule: "is missing, and no receipt says why"}
+	case last != nil:
+		where = last.place()
+		where.Rule += "a payload that should follow is not there"
+	case len(c.payloads) == 1 && c.payloads[0].now != nil:
+		r := c.payloads[0].now
+		where = Problem{File: r.file, Offset: &r.offset, Record: &r.n, Rule: "a payload is missing that should be before"}
+	}
+	return where, nil
 }
 
 // flush tells of payloads that are missing.
 func (c *Checker) flush(p *Piece) {
 	r := c.run
 	c.run = nil
-	if r == nil || r.p.Rule == "" {
+	if r == nil {
 		return
 	}
 	if r.last != r.first {
@@ -1139,6 +1152,7 @@ func (c *Checker) finish() error {
 		return err
 	}
 	c.endHistory(p)
+	c.endKnown(p)
 	c.endTiles(p)
 	p.Verify(identity.NewVerifier())
 	p.taken, c.taken, p.read = append(p.taken, c.taken...), nil, c.read()
@@ -1150,6 +1164,9 @@ func (c *Checker) finish() error {
 	}
 	c.endFile()
 	c.endSuccession()
+	if c.more > 0 {
+		c.note("%d more payloads are missing in the same places", c.more)
+	}
 	if n := c.unsigned; n > 0 {
 		c.note("%d records were not held against their signatures: the registry in force is not known, since registry records are missing", n)
 	}
@@ -1188,11 +1205,19 @@ func (c *Checker) endBlocks(p *Piece) {
 	p.before = append(p.before, c.blocks.strange...)
 	if short && !told {
 		at := c.blocks.place()
-		at.Height, at.Rule = &c.history.height, fmt.Sprintf("the journal ends at block %d, block %d is sealed", c.height, c.history.height)
+		at.Height, at.Rule = &c.history.height, at.Rule+fmt.Sprintf("the journal ends at block %d, block %d is sealed", c.height, c.history.height)
 		p.before = append(p.before, at)
 	}
+}
+
+// endKnown holds checkpoints that somebody has seen against where the log ends.
+func (c *Checker) endKnown(p *Piece) {
 	for _, k := range c.known {
 		switch {
+		case k.met && k.cp.Size > c.history.size:
+			at := c.history.place()
+			at.Rule += fmt.Sprintf("the history was rolled back: a checkpoint of %d entries is known, it goes to %d", k.cp.Size, c.history.size)
+			p.before = append(p.before, at)
 		case k.met:
 		case k.cp.Origin != c.genesis.Origin:
 			c.tell(Problem{File: fsckGenesis, Rule: fmt.Sprintf("a checkpoint that is known is of the log %s", k.cp.Origin)})
@@ -1367,7 +1392,7 @@ func (c *Checker) endFile() {
 			break
 		}
 		at := h.place()
-		at.Height, at.Rule = &c.fileAt, fmt.Sprintf("the history ends before the checkpoint of %d entries, which is in %s", f.cp.Size, fsckCheckpoint)
+		at.Height, at.Rule = &c.fileAt, at.Rule+fmt.Sprintf("the history ends before the checkpoint of %d entries, which is in %s", f.cp.Size, fsckCheckpoint)
 		if len(h.holes) == 0 {
 			c.tell(at)
 		}

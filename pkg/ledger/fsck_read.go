@@ -182,8 +182,17 @@ func (s *stream) open() (more bool, err error) {
 	}
 	want := segment.AppendHeader(nil, first)
 	if len(s.buf) < len(want) || !slices.Equal(s.buf[:len(want)], want) {
-		// Its frames say themselves which records they are.
 		at := int64(0)
+		if other, ok := segment.ParseHeader(s.buf); ok && other != first {
+			s.lose(first, s.limit, Problem{File: s.name, Offset: &at, Rule: fmt.Sprintf("is the segment that begins with record %d, or one of another journal", other)})
+			s.next = s.limit
+			if s.limit == math.MaxUint64 {
+				s.next = first
+			}
+			s.close()
+			return true, nil
+		}
+		// Its frames say themselves which records they are.
 		h := s.lose(first, first, Problem{File: s.name, Offset: &at, Rule: "segment header: is not that of this segment"})
 		if len(s.buf) < len(want) {
 			h.to = s.limit
@@ -304,7 +313,8 @@ func (s *stream) torn(first uint64) bool {
 	return errors.Is(err, segment.ErrTorn)
 }
 
-// place is where the record after the last one would be.
+// place is where the record after the last one would be: there, or in a segment of
+// its own that is missing.
 func (s *stream) place() Problem {
 	n := s.next
 	p := Problem{File: s.dir, Record: &n}
@@ -312,5 +322,6 @@ func (s *stream) place() Problem {
 		at := s.begin
 		p.File, p.Offset = s.name, &at
 	}
+	p.Rule = fmt.Sprintf("it is cut here, or %s/%s is missing: ", s.dir, segment.Name(n))
 	return p
 }

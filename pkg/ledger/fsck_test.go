@@ -79,42 +79,6 @@ func TestFsckGood(t *testing.T) {
 	}
 }
 
-// TestFsckEveryByte flips each byte of each file of a small store: it is found,
-// and the file is named.
-func TestFsckEveryByte(t *testing.T) {
-	d := ledgertest.New("fsck", 1) // fewer signatures, the same formats
-	files := d.NewChain().Fill(2).Folder(2)
-	if r := check(t, files, ledger.FsckOptions{}); !r.OK {
-		t.Fatalf("before: %s", r.Text())
-	}
-	total := 0
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		whole := files[name]
-		step := 1
-		if testing.Short() || sparse {
-			step = 31
-		} else if name == "genesis.json" {
-			step = 5 // its hash is in every header
-		}
-		for i := 0; i < len(whole); i += step {
-			b := bytes.Clone(whole)
-			b[i] ^= 1 << (i % 8)
-			files[name] = b
-			r := check(t, files, ledger.FsckOptions{})
-			total++
-			if r.OK {
-				t.Fatalf("%s byte %d of %d: not found", name, i, len(whole))
-			}
-			// A changed genesis document is another district: nothing fits it.
-			if name != "genesis.json" && !found(r, name) {
-				t.Fatalf("%s byte %d: located elsewhere:\n%s", name, i, r.Text())
-			}
-		}
-		files[name] = whole
-	}
-	t.Logf("%d bytes in %d files flipped, all found", total, len(files))
-}
-
 // TestFsckFiles: files cut, removed, swapped, added and rolled back.
 func TestFsckFiles(t *testing.T) {
 	d := ledgertest.New("fsck", 4)

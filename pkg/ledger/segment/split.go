@@ -1,6 +1,18 @@
 package segment
 
-import "bytes"
+import (
+	"bytes"
+	"encoding/binary"
+)
+
+// ParseHeader decodes a segment's header, and says whether there is one.
+func ParseHeader(b []byte) (first uint64, ok bool) {
+	if len(b) < HeaderSize {
+		return 0, false
+	}
+	first = binary.BigEndian.Uint64(b[len(magic):])
+	return first, bytes.Equal(b[:HeaderSize], AppendHeader(nil, first))
+}
 
 // Split reads the first frame of b, which must be that of a record. Data shares
 // memory with b. size is what the frame takes; it is 0 where b ends within the
