@@ -337,6 +337,11 @@ func (s *smart) receive(from uint64, m message) {
 		}
 	}()
 	if msg, ok := m.parsed.(*protos.Message); ok && s.started.Load() && s.admit(from, msg) {
+		if p := msg.GetPrePrepare().GetProposal(); p != nil { // hashed when it was parsed
+			s.digestMu.Lock()
+			s.digested, s.digest = fromProto(p), m.vote.Digest
+			s.digestMu.Unlock()
+		}
 		s.c.HandleMessage(from, msg)
 	}
 }
