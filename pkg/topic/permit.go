@@ -86,7 +86,7 @@ func (p *Permissions) follower(d traffic.DistrictID) {
 func ValidatorPermissions(d traffic.DistrictID, n uint64) Permissions {
 	p := user(ValidatorUser(n))
 	p.subscribe(BFTTo(d, n), Sync(d, n), Cosign(d, n), Seal(d))
-	p.publish(sub(d, "bft", "*", num(n)), sub(d, "sync", "*"), Decision(d, n), Dead(d, ConsensusDurable(n)))
+	p.publish(sub(d, "bft", "*", num(n)), sub(d, "sync", "*"), Decision(d, n), Dead(d, ConsensusDurable(n)), sub(d, "in", "deletion", ConsensusDurable(n)))
 	p.durable(AcceptedStream, ConsensusDurable(n), Accepted(d))
 	p.api("CONSUMER.DELETE." + AcceptedStream + "." + ConsensusDurable(n)) // when it is revoked
 	p.api("STREAM.INFO."+DecisionStream, "STREAM.MSG.GET."+DecisionStream)
@@ -139,7 +139,12 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		p.publish(sub(d, "command", "*"), StatusAll(d), sub(d, "in", "command", "*"), sub(d, "in", "health", "*"))
 	case SealingUser:
 		p.follower(d)
-		p.publish(sub(d, "cosign", "*"), Seal(d), Seen(d, SealingUser))
+		p.publish(sub(d, "cosign", "*"), Seal(d), Seen(d, SealingUser), sub(d, "in", "deletion", SealingUser))
+		// What is redacted must leave the streams too.
+		for _, s := range []string{IngressStream, AcceptedStream, QuarantineStream, DecisionStream, DeadStream} {
+			p.reader(s)
+			p.api("STREAM.MSG.DELETE."+s, "CONSUMER.LIST."+s)
+		}
 	case AuditUser:
 		p.follower(d)
 		p.subscribe(Seal(d), SeenAll(d))

@@ -54,6 +54,13 @@ type Config struct {
 	CosignTimeout time.Duration
 	// SegmentBytes is the size of segments on disk. 64 MiB.
 	SegmentBytes int64
+	// Key signs receipts of deletion, as the service "sealing" of the registry, and
+	// Sender gives them to ingest. Optional, but without both nothing is ever let
+	// go of.
+	Key    ed25519.PrivateKey
+	Sender *bus.Sender
+	// KeepEvery is how often to look for payloads that are due. 1 min.
+	KeepEvery time.Duration
 	// Now is the district's clock. time.Now.
 	Now func() time.Time
 	// Logger is optional.
@@ -89,6 +96,14 @@ func (c *Config) Validate() error {
 		if w.Cosigner == nil || !strings.HasPrefix(w.URL, "http://") && !strings.HasPrefix(w.URL, "https://") {
 			errs = append(errs, fmt.Errorf("sealing: Witnesses[%d]: must have a key and a URL", i))
 		}
+	}
+	if g != nil && c.Key != nil {
+		if err := checkKey(g, c.Key); err != nil {
+			errs = append(errs, fmt.Errorf("sealing: Key: %w", err))
+		}
+	}
+	if c.KeepEvery < 0 {
+		errs = append(errs, errors.New("sealing: KeepEvery: must not be negative"))
 	}
 	return errors.Join(errs...)
 }
@@ -239,6 +254,7 @@ func (s *Service) Run(ctx context.Context) error {
 		}},
 		run.Actor{Name: "journal", Run: func(ctx context.Context) error { return s.journal(ctx, blocks) }},
 		run.Actor{Name: "seal", Run: s.seal},
+		run.Actor{Name: "keep", Run: s.keep},
 		run.Actor{Name: "witness", Run: s.witness},
 	)
 }

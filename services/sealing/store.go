@@ -45,6 +45,7 @@ type Store struct {
 	files   *files
 
 	payloads        *payload.Disk
+	agreed          *agreed
 	blocks, history *seglog.Log
 
 	mu    sync.Mutex // guards what follows
@@ -119,7 +120,11 @@ func OpenStore(o StoreOptions) (_ *Store, err error) {
 			return nil, err
 		}
 	}
-	return s, s.recover()
+	if err = s.recover(); err != nil {
+		return s, err
+	}
+	s.agreed, err = s.loadAgreed()
+	return s, err
 }
 
 // document writes a file that never changes, or compares it.
@@ -297,6 +302,7 @@ func (s *Store) Append(blocks ...*decided.Block) error {
 			return err
 		}
 	}
+	s.agreed.add(blocks)
 	return nil
 }
 
