@@ -141,6 +141,10 @@ type Config struct {
 	// snapshot of the state that f+1 others have signed. Default 2000; negative:
 	// only where the payloads are gone.
 	SnapshotBeyond int
+	// WholeHistory has a validator with an empty folder fetch all headers from
+	// genesis on, also where a snapshot would do to begin with, so that it can give
+	// them to others. Have at least f+1 do so.
+	WholeHistory bool
 	// ServeRequests and ServeBytes are how many requests for blocks, snapshots and
 	// the like, and how many bytes of answers, one asker is given a second; for two
 	// seconds' worth at once. Each other member has so much to itself, and all who

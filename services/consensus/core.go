@@ -802,7 +802,7 @@ func (k *core) last() (decision, error) {
 func (k *core) blocks(ctx context.Context, from ledger.Height, maxBlocks, maxBytes int, headers bool) ([]*pb.Block, error) {
 	var out []*pb.Block
 	size := 0
-	for h := from; h > 0 && h <= k.store.height() && len(out) < maxBlocks && ctx.Err() == nil; h++ {
+	for h := from; h >= k.store.first() && h <= k.store.height() && len(out) < maxBlocks && ctx.Err() == nil; h++ {
 		read := k.store.block
 		if headers {
 			read = k.store.headers

@@ -117,6 +117,7 @@ type fetcher struct {
 	others []uint64      // asked beside the members: see [Validator.discover]
 	wait   time.Duration // for an answer
 	beyond int           // see Config.SnapshotBeyond; negative: only where payloads are gone
+	leaps  bool          // may begin with a snapshot: see Config.WholeHistory
 	// ask sends a request and waits for the answer.
 	ask func(ctx context.Context, peer uint64, req []byte) ([]byte, error)
 	// aside are the peers that are not asked any more.
@@ -130,7 +131,7 @@ func (v *Validator) newFetcher() *fetcher {
 	if o := v.others.Load(); o != nil {
 		others = *o
 	}
-	return &fetcher{core: v.core, self: v.c.Number, others: others, wait: v.c.Timing.Fetch, beyond: v.c.SnapshotBeyond, aside: map[uint64]bool{},
+	return &fetcher{core: v.core, self: v.c.Number, others: others, wait: v.c.Timing.Fetch, beyond: v.c.SnapshotBeyond, leaps: !v.c.WholeHistory, aside: map[uint64]bool{},
 		ask: func(ctx context.Context, peer uint64, req []byte) ([]byte, error) {
 			if v.cut != nil && v.cut(peer) {
 				return nil, errors.New("cut off")
@@ -378,6 +379,9 @@ func (f *fetcher) apply(a answer) (n int, err error) {
 // must says that there is no other way to go on, so that they may be stored
 // before there is a state to go with them.
 func (f *fetcher) bySnapshot(ctx context.Context, must bool) (bool, error) {
+	if done, err := f.leap(ctx); err != nil || done {
+		return done, err
+	}
 	k := f.core
 	at, err := k.follow()
 	if err != nil {

@@ -83,6 +83,7 @@ func (p *publisher) run(ctx context.Context) error {
 	for {
 		var msgs []bus.Msg
 		size := 0
+		next = max(next, p.v.core.store.first()) // this validator may have begun with a snapshot
 		for h := next; h <= p.v.core.store.height() && len(msgs) < publishMost && size < publishBytes; h++ {
 			enc, err := p.block(h)
 			if err != nil {
@@ -188,7 +189,8 @@ func (p *publisher) firstWorthPublishing() (ledger.Height, error) {
 	if err != nil {
 		return 0, err
 	}
-	for ; h > 1; h-- {
+	first := p.v.core.store.first()
+	for ; h > first; h-- {
 		b, err := p.v.core.store.header(h)
 		if err != nil {
 			return 0, err
@@ -197,5 +199,5 @@ func (p *publisher) firstWorthPublishing() (ledger.Height, error) {
 			return h + 1, nil
 		}
 	}
-	return 1, nil
+	return first, nil
 }

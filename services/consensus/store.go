@@ -30,6 +30,9 @@ type store struct {
 	dir              string
 	blocks, payloads *seglog.Log
 	purging          purging // see purge.go
+	// from is the log after the first block here, nil where that is block 1: see
+	// store.begin.
+	from *ledger.Frontier
 }
 
 // stored is a block on its way into the store.
@@ -53,6 +56,9 @@ func openStore(dir string, o seglog.Options) (*store, error) {
 		return nil, errors.Join(err, b.Close())
 	}
 	s := &store{dir: dir, blocks: b, payloads: p}
+	if err := s.openBase(); err != nil {
+		return nil, errors.Join(fmt.Errorf("store %s: %w", dir, err), s.close())
+	}
 	if n := p.Next(); n < b.Next() {
 		return nil, errors.Join(fmt.Errorf("store %s: %d payloads for %d blocks", dir, n, b.Next()), s.close())
 	}
@@ -70,10 +76,6 @@ func (s *store) height() ledger.Height { return ledger.Height(s.blocks.Next()) }
 // first is the height of the oldest block that is here: 1, but where this
 // validator began with a snapshot.
 func (s *store) first() ledger.Height { return ledger.Height(s.blocks.First()) + 1 }
-
-// base returns the log at the place from which on all leaves are here, and the
-// height of the block after it.
-func (s *store) base() (*ledger.Frontier, ledger.Height) { return &ledger.Frontier{}, 1 }
 
 // append makes blocks, which follow each other, durable with their payloads.
 func (s *store) append(bs ...stored) error {
@@ -123,8 +125,8 @@ func (s *store) block(h ledger.Height) (*pb.Block, error) {
 // headed reads a block as it is for good: without its payload, unless that
 // changed the registry.
 func (s *store) headed(h ledger.Height) (*pb.Block, error) {
-	if h == 0 || h > s.height() {
-		return nil, fmt.Errorf("store: no block %d, the last is %d", h, s.height())
+	if h < s.first() || h > s.height() {
+		return nil, fmt.Errorf("store: no block %d, there are %d to %d", h, s.first(), s.height())
 	}
 	return readBlock(s.blocks, uint64(h)-1)
 }
