@@ -59,6 +59,29 @@ func Describe(e identity.Envelope) Claims {
 		c.Summary = fmt.Sprintf("detector %.128q at junction %q has %s the rule %.128q: %.256q; resting on block %d",
 			f.text(6, "detector"), c.Junction, breaks, f.text(8, "rule"), f.text(9, "reason"), f.number(4, "height"))
 		return c
+	case identity.KindAccess:
+		c := Claims{District: f.text(1, "district"), Seq: f.number(3, "seq"), Time: f.time(4, "timeUnixNano")}
+		granted := "denied"
+		if f.flag(12, "granted") {
+			granted = "granted"
+		}
+		c.Summary = fmt.Sprintf("access %d: %.128q of %.128q called %.128q for purpose %.64q, case %.64q; %s",
+			c.Seq, f.text(6, "subject"), f.text(5, "agency"), f.text(7, "method"), f.text(9, "purpose"), f.text(10, "caseNumber"), granted)
+		return c
+	case identity.KindRequest:
+		c := Claims{District: f.text(1, "district"), Seq: f.number(3, "seq"), Time: f.time(4, "timeUnixNano")}
+		what := "asks for priority at"
+		if f.flag(17, "cancelled") {
+			what = "is cancelled for"
+		}
+		c.Summary = fmt.Sprintf("request %.64q, revision %d, by %.128q of %.128q: vehicle %.128q %s %d junctions",
+			f.text(5, "id"), f.number(6, "revision"), f.text(8, "requester"), f.text(7, "agency"), f.text(10, "vehicle"), what, f.count(13, "stops"))
+		return c
+	case identity.KindOverride:
+		c := Claims{District: f.text(1, "district"), Junction: f.text(6, "junction"), Seq: f.number(3, "seq"), Time: f.time(4, "timeUnixNano")}
+		c.Summary = fmt.Sprintf("override %.64q of junction %q by %.128q of %.128q, reason %.64q",
+			f.text(5, "id"), c.Junction, f.text(12, "operator"), f.text(11, "agency"), f.text(10, "reason"))
+		return c
 	case identity.KindDeletion:
 		c := Claims{District: f.text(1, "district")}
 		c.Summary = fmt.Sprintf("receipt of deletion by %.128q: records let go of, because of: %.40q, class: %.40q",

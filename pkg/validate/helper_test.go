@@ -80,7 +80,7 @@ func registry(t testing.TB, detectors int) *identity.Registry {
 	add(identity.TypeDevice, "part", identity.Device{Junction: "j1", Key: pub("part"), Detectors: []traffic.DetectorID{"stop"}})
 	add(identity.TypeDevice, "gone", identity.Device{Junction: "j1", Key: pub("gone")})
 	add(identity.TypeService, "control", identity.Service{Key: pub("control"), Signs: []identity.RecordKind{identity.KindCommand}})
-	add(identity.TypeService, "clerk", identity.Service{Key: pub("clerk"), Signs: []identity.RecordKind{identity.KindRequest}})
+	add(identity.TypeService, "clerk", identity.Service{Key: pub("clerk"), Signs: []identity.RecordKind{identity.KindAnchor}})
 	add(identity.TypeOfficial, "registrar", identity.Official{Key: pub("registrar"), Department: "traffic", Roles: []string{identity.Registrar}})
 	add(identity.TypeOfficial, "reader", identity.Official{Key: pub("reader"), Department: "audit"})
 	r, err := identity.NewRegistry(g)
@@ -112,8 +112,23 @@ func sign(t testing.TB, signer string, k identity.RecordKind, v any) *Candidate 
 		c.Command = v
 	case *identity.Change:
 		c.Change = v
+	case *traffic.Access:
+		c.Access = v
+	case *traffic.Request:
+		c.Request = v
+	case *traffic.Override:
+		c.Override = v
 	}
 	return c
+}
+
+func filed(t testing.TB, typ identity.EntryType, id string, body any) identity.Entry {
+	t.Helper()
+	b, err := json.Marshal(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return identity.Entry{Type: typ, ID: id, Status: identity.Active, Body: b}
 }
 
 // frame returns a good frame, the first of d1 since it started; mod changes it.

@@ -25,6 +25,7 @@ type State struct {
 	junctions table[source] // commands, by junction
 	importers table[source] // imports, by importer
 	healths   table[source] // words on detectors' health, by junction
+	agents    table[source] // access, requests and overrides, by kind and signer
 }
 
 // NewState returns a state in which nothing has been accepted. Limits that are
@@ -82,7 +83,12 @@ func (s *State) Restore(c *Candidate) {
 		e = healthEntry(c)
 		src, at = s.healths.edit(string(c.Health.Junction), s.owner), c.Health.Time.UnixNano()
 	default:
-		return
+		name, n, when, ok := turn(c)
+		if !ok {
+			return
+		}
+		e = n
+		src, at = s.agents.edit(name, s.owner), when.UnixNano()
 	}
 	if src.n == 0 || e.after(*src.newest()) {
 		src.push(e, at)
@@ -161,13 +167,17 @@ const stateMagic = "stopline validation state v2\n"
 
 // MarshalBinary returns the canonical encoding: the same bytes for the same
 // state, however it came to be. It holds the magic line, then devices, junctions,
-// importers and healths. Each of the four is a count and then, ordered by name, rows of name,
-// time, quarantine flag and remembered records from old to new. Integers are
-// big-endian. Limits are not part of it.
+// importers, healths and, where there are any, agents. Each is a count and then,
+// ordered by name, rows of name, time, quarantine flag and remembered records from
+// old to new. Integers are big-endian. Limits are not part of it.
 func (s *State) MarshalBinary() ([]byte, error) {
 	b := []byte(stateMagic)
 	for _, t := range []*table[source]{&s.devices, &s.junctions, &s.importers, &s.healths} {
 		b = appendTable(b, t)
+	}
+	// Left out while empty: builds without it know the same state by the same bytes.
+	if s.agents.n > 0 {
+		b = appendTable(b, &s.agents)
 	}
 	return b, nil
 }
@@ -211,6 +221,11 @@ func (s *State) UnmarshalBinary(b []byte) error {
 	r.table(&n.junctions, n.owner, "junctions")
 	r.table(&n.importers, n.owner, "importers")
 	r.table(&n.healths, n.owner, "healths")
+	if r.err == nil && len(r.b) != 0 {
+		if r.table(&n.agents, n.owner, "agents"); r.err == nil && n.agents.n == 0 {
+			r.err = errors.New("agents: must be left out where there are none")
+		}
+	}
 	if r.err == nil && len(r.b) != 0 {
 		r.err = fmt.Errorf("%d bytes after the end", len(r.b))
 	}

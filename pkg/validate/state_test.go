@@ -233,7 +233,7 @@ func TestUnmarshalRefuses(t *testing.T) {
 	}{
 		{"nothing", nil, "validation state: not in the form of stopline validation state v2"},
 		{"another form", patch(0, 'S'), "validation state: not in the form of stopline validation state v2"},
-		{"longer", append(slices.Clone(good), 0), "validation state: 1 bytes after the end"},
+		{"longer", append(slices.Clone(good), 0), "validation state: truncated"},
 		{"many rows", patch(at, 255), "validation state: devices[2] \"\": names must rise"},
 		{"truncated", good[:len(good)-1], "validation state: truncated"},
 		{"names fall", patch(at+4+2+1, '3'), "validation state: devices[1] \"d2\": names must rise"},

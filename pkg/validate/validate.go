@@ -26,6 +26,9 @@ type Candidate struct {
 	Health  *traffic.Health
 	// Deletion is a holder's receipt; Change is set for redactions too.
 	Deletion *retention.Receipt
+	Access   *traffic.Access
+	Request  *traffic.Request
+	Override *traffic.Override
 	// Err says why the record could not be decoded.
 	Err error
 	// SignatureValid says that the signature is that of the key which the
@@ -138,6 +141,8 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		limit = s.limits.MaxCommand
 	case identity.KindDeletion:
 		limit = maxDeletion
+	case identity.KindAccess, identity.KindRequest, identity.KindOverride:
+		limit = maxAgencyRecord
 	case identity.KindRegistry, identity.KindRedaction:
 		limit = s.limits.MaxChange
 	case identity.KindImport:
@@ -176,6 +181,9 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		return change(reg, c.Change)
 	case e.Kind == identity.KindDeletion && c.Deletion != nil:
 		return deletion(reg, c.Deletion, &h)
+	case e.Kind == identity.KindAccess && c.Access != nil, e.Kind == identity.KindRequest && c.Request != nil,
+		e.Kind == identity.KindOverride && c.Override != nil:
+		return s.agency(reg, now, c, &h)
 	case e.Kind == identity.KindImport && c.Import != nil:
 		return s.imported(reg, now, c, &h)
 	case e.Kind == identity.KindHealth && c.Health != nil:

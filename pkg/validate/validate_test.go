@@ -311,7 +311,7 @@ func TestEnvelopeRules(t *testing.T) {
 		{"official signs a change", RuleMaySign, func() *Candidate {
 			return sign(t, "reader", identity.KindRegistry, &identity.Change{District: "harbour", Action: "put", Type: "software", ID: "x"})
 		}, "kind: official reader may not sign a registry"},
-		{"kind", RuleKind, func() *Candidate { return sign(t, "clerk", identity.KindRequest, "please") }, `kind: records of the kind "request" are not taken`},
+		{"kind", RuleKind, func() *Candidate { return sign(t, "clerk", identity.KindAnchor, "please") }, `kind: records of the kind "anchor" are not taken`},
 		{"signature", RuleSignature, func() *Candidate { c := good(); c.SignatureValid = false; return c }, "signature: is not that of device d1 over this frame"},
 		{"unsigned command", RuleSignature, func() *Candidate {
 			c := sign(t, "control", identity.KindCommand, command(nil))

@@ -198,13 +198,24 @@ func (s *state) execute(v verifier, at time.Time, requests []*request) *outcome 
 	return o
 }
 
+// featureOf names the feature by which records of a kind are taken, "" for none.
+func featureOf(k identity.RecordKind) string {
+	switch k {
+	case identity.KindRedaction, identity.KindDeletion:
+		return identity.FeatureRetention
+	case identity.KindAccess, identity.KindRequest, identity.KindOverride:
+		return identity.FeatureAccess
+	}
+	return ""
+}
+
 // judge gives the verdict on one record: the rule that it breaks and the reason,
 // or neither. Who may sign what is decided by the registry after the parent
 // block; changes to it are tried in their order on a copy that comes into force
 // with the next block.
 func (s *state) judge(o *outcome, height ledger.Height, at time.Time, c *validate.Candidate) (validate.Rule, string) {
-	if k := c.Envelope.Kind; (k == identity.KindRedaction || k == identity.KindDeletion) && !s.registry.Active(identity.FeatureRetention, uint64(height)) {
-		return validate.RuleKind, fmt.Sprintf("kind: %s: the feature %q is not in force", k, identity.FeatureRetention)
+	if f := featureOf(c.Envelope.Kind); f != "" && !s.registry.Active(f, uint64(height)) {
+		return validate.RuleKind, fmt.Sprintf("kind: %s: the feature %q is not in force", c.Envelope.Kind, f)
 	}
 	if v := o.devices.Judge(s.registry, at, c); !v.OK {
 		return v.Rule, v.Reason

@@ -399,6 +399,12 @@ func Candidate(raw, salt []byte) validate.Candidate {
 		c.Import, c.Err = DecodeImport(e.ContentType, e.Payload)
 	case identity.KindHealth:
 		c.Health, c.Err = DecodeHealth(e.ContentType, e.Payload)
+	case identity.KindAccess:
+		c.Access, c.Err = DecodeAccess(e.ContentType, e.Payload)
+	case identity.KindRequest:
+		c.Request, c.Err = DecodeRequest(e.ContentType, e.Payload)
+	case identity.KindOverride:
+		c.Override, c.Err = DecodeOverride(e.ContentType, e.Payload)
 	case identity.KindDeletion:
 		c.Deletion, c.Err = DecodeDeletion(e.ContentType, e.Payload)
 	case identity.KindRegistry, identity.KindRedaction:
