@@ -136,6 +136,8 @@ type Config struct {
 	// are away for longer find no payloads. Registry records, headers, leaves,
 	// votes and verdicts are kept for good. Default 7 days; negative: for good.
 	Retention time.Duration
+	// KeepEvery is how often to look for redactions to carry out. Default 1 min.
+	KeepEvery time.Duration
 	// SnapshotBeyond is how many blocks a validator that is behind executes
 	// itself; one that is further behind fetches headers and leaves, and takes a
 	// snapshot of the state that f+1 others have signed. Default 2000; negative:
@@ -189,6 +191,9 @@ func (c Config) Validate() error {
 	}
 	if c.Dir == "" {
 		bad("Dir: must not be empty")
+	}
+	if c.KeepEvery < 0 {
+		bad("KeepEvery: must not be negative")
 	}
 	if c.SnapshotEvery < 0 {
 		bad("SnapshotEvery: must not be negative")

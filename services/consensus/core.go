@@ -228,7 +228,7 @@ func (k *core) snapshot() {
 			k.log.Error("snapshot failed", "err", err) // the blocks have it all
 			return
 		}
-		gone, err := k.store.purge(k.shelf.oldest(), s.last.Time, k.retention)
+		gone, err := k.store.purge(k.shelf.oldest(), s.last.Time, retentionOf(k.retention, s.registry))
 		if err != nil {
 			k.log.Error("payloads not purged", "err", err)
 			return

@@ -51,6 +51,9 @@ func openStore(dir string, o seglog.Options) (*store, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := seglog.Sweep(trashDir(dir), nil, filepath.Join(dir, "payloads")); err != nil {
+		return nil, errors.Join(err, b.Close())
+	}
 	p, err := seglog.Open(filepath.Join(dir, "payloads"), o)
 	if err != nil {
 		return nil, errors.Join(err, b.Close())

@@ -201,6 +201,7 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 		run.Actor{Name: "intake", Run: v.intake.run},
 		run.Actor{Name: "compare", Run: v.compare},
 		run.Actor{Name: "seals", Run: v.seals.run},
+		run.Actor{Name: "keep", Run: v.keep},
 		run.Actor{Name: "engine", Run: v.runEngine},
 	)
 	if cause := context.Cause(ctx); errors.Is(cause, errFailed) {

@@ -59,8 +59,8 @@ func (d *Dropped) add(p *ledger.Payload, joined bool) {
 // below the floor that is in a segment which is due as a whole, or in one of
 // which some are below the ceiling; but for those that are held.
 func (d *Disk) Drop(p Purge) (Dropped, error) {
-	d.writing.Lock()
-	defer d.writing.Unlock()
+	d.dropping.Lock()
+	defer d.dropping.Unlock()
 	var out Dropped
 	switch {
 	case d.readOnly && !p.Dry:
@@ -196,8 +196,8 @@ func (d *Disk) rewrite(l *seglog.Log, first uint64, gone map[uint64]bool) error 
 // before anything is done. Records that are not there, or gone already, are left
 // out of what it returns.
 func (d *Disk) Erase(indexes ...uint64) (erased []uint64, err error) {
-	d.writing.Lock()
-	defer d.writing.Unlock()
+	d.dropping.Lock()
+	defer d.dropping.Unlock()
 	if d.readOnly {
 		return nil, errors.New("payload store: opened for reading only")
 	}

@@ -90,7 +90,8 @@ type Disk struct {
 	o        Options
 	readOnly bool
 
-	writing sync.Mutex // one change at a time; taken before mu
+	dropping sync.Mutex // one Drop or Erase at a time; taken before mu
+	writing  sync.Mutex // one Put at a time, also beside these; taken before mu
 
 	mu      sync.RWMutex // guards the map; folders lock themselves
 	folders map[retention.Class]*seglog.Log

@@ -55,15 +55,11 @@ const (
 // segment is as it was or as it is to be.
 //
 // A [OpenReader] that has the segment open reads damage from then on, until its
-// [Log.Renew].
+// [Log.Renew]. Appends go on meanwhile; dropping and cutting must not, nor
+// another Rewrite.
 func (l *Log) Rewrite(first uint64, trash string, f func(i uint64, rec []byte) []byte) (changed int, err error) {
-	l.appending.Lock()
-	defer l.appending.Unlock()
 	if l.readOnly {
 		return 0, errors.New("seglog: opened for reading only")
-	}
-	if l.broken != nil {
-		return 0, fmt.Errorf("%w: %w", ErrBroken, l.broken)
 	}
 	defer func() {
 		if err != nil {
@@ -140,7 +136,11 @@ func (l *Log) Rewrite(first uint64, trash string, f func(i uint64, rec []byte) [
 		return 0, errors.Join(err, file.Close())
 	}
 	l.mu.Lock()
-	l.segs[at] = fresh // only appended to and dropped with l.appending held
+	if at >= len(l.segs) || l.segs[at] != old { // somebody has not kept to the rule
+		l.mu.Unlock()
+		return 0, errors.Join(errors.New("was dropped meanwhile"), file.Close())
+	}
+	l.segs[at] = fresh
 	l.mu.Unlock()
 	return changed, errors.Join(old.file.Close(), wipe(doomed, l.hook))
 }
