@@ -74,6 +74,7 @@ const (
 	SignalControlKey = "signal-control"
 	RegistrarKey     = "registrar"
 	ImporterKey      = "importer" // brings in controllers' logs
+	SealingKey       = "sealing"  // signs receipts of deletion
 )
 
 // The officials besides the registrar, each of another department.
@@ -223,6 +224,9 @@ func create(dir string, o Options) error {
 		Key: public(importer), Signs: []identity.RecordKind{identity.KindImport}}); err != nil {
 		return err
 	}
+	if err := fileAccess(keys, o.Rand, o.Created, entry); err != nil {
+		return err
+	}
 	if o.PolicyName != "" {
 		if err := entry(identity.TypePolicy, o.PolicyName, o.Policy); err != nil {
 			return err
@@ -239,6 +243,17 @@ func create(dir string, o Options) error {
 		if err := entry(identity.TypeDevice, string(DeviceID(j.ID)), identity.Device{Junction: j.ID, Key: public(k)}); err != nil {
 			return err
 		}
+	}
+	sealing, err := newKey(o.Rand, keys, SealingKey)
+	if err != nil {
+		return err
+	}
+	if err := entry(identity.TypeService, SealingKey, identity.Service{
+		Key: public(sealing), Signs: []identity.RecordKind{identity.KindDeletion}}); err != nil {
+		return err
+	}
+	if err := entry(identity.TypeFeature, identity.FeatureRetention, identity.Feature{From: 1}); err != nil {
+		return err
 	}
 	if _, err := identity.NewRegistry(&g); err != nil {
 		return err
