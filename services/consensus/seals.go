@@ -63,6 +63,7 @@ type cosignature struct {
 	cp     ledger.Checkpoint
 	line   string
 	note   []byte // whole, as it came
+	other  bool   // known to be of another chain than ours
 }
 
 // alone is the checkpoint with this one signature: other signers may be honest.
@@ -79,9 +80,10 @@ const (
 	// sealsRate and sealsBurst are how many notes a second are looked at: ten
 	// times what sealing makes. Signatures in them are checked one by one.
 	sealsRate, sealsBurst = 100, 200
-	// scanEvery is how often the log may be read from its beginning for a
-	// checkpoint that ends in the middle of a block, as no honest one does.
-	scanEvery = 10 * time.Second
+	// scanEvery is after how many times of Timing.Compare, at the earliest, the log
+	// is read from its beginning again for a checkpoint that ends in the middle of a
+	// block, as no honest one does.
+	scanEvery = 5
 )
 
 func newSealBook(v *Validator) *sealBook {
@@ -202,7 +204,7 @@ func (s *sealBook) cosignatures(note []byte) []*cosignature {
 				}
 				if _, err := c.CheckCosignature(body, line); err == nil {
 					have[string(val.CosignKey)] = true
-					out = append(out, &cosignature{val.Number, string(val.CosignKey), cp, line, note})
+					out = append(out, &cosignature{number: val.Number, key: string(val.CosignKey), cp: cp, line: line, note: note})
 					break
 				}
 			}
@@ -223,6 +225,8 @@ func (s *sealBook) put(c *cosignature) {
 	case err != nil && !errors.Is(err, errLater):
 		s.v.log.Warn("checkpoint not compared with the log", "size", c.cp.Size, "validator", c.number, "err", err)
 		return
+	case err == nil:
+		c.other = true // what is decided stays
 	}
 	n := 0
 	for _, o := range s.open {
@@ -242,15 +246,18 @@ func (s *sealBook) review() {
 		if s.accused[c.key] {
 			continue
 		}
-		ours, err := s.place(c.cp)
-		if err == nil && ours {
-			if g := s.good[c.key]; g == nil || c.cp.Size > g.cp.Size {
-				s.good[c.key] = c
+		if !c.other {
+			ours, err := s.place(c.cp)
+			if err == nil && ours {
+				if g := s.good[c.key]; g == nil || c.cp.Size > g.cp.Size {
+					s.good[c.key] = c
+				}
+				continue
 			}
-			continue
+			c.other = err == nil
 		}
 		var against *cosignature
-		if g := s.good[c.key]; err == nil && g != nil && g.cp.Size >= c.cp.Size {
+		if g := s.good[c.key]; c.other && g != nil && g.cp.Size >= c.cp.Size {
 			against = g
 		}
 		// Two of one size need no log to compare with.
@@ -309,7 +316,7 @@ func (s *sealBook) place(cp ledger.Checkpoint) (ours bool, err error) {
 	}
 	// In the middle of a block.
 	now := time.Now()
-	if now.Sub(s.scanned) < scanEvery {
+	if now.Sub(s.scanned) < scanEvery*s.v.c.Timing.Compare {
 		return false, errLater
 	}
 	s.scanned = now
