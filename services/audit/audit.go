@@ -36,8 +36,12 @@ type Config struct {
 	// the tlog-policy file, which is also put into bundles as a hint. Required.
 	GenesisJSON, Policy []byte
 	// Memory is the folder in which the auditor keeps what it has seen of the log.
-	// Where somebody may set Dir back, it should be elsewhere. Dir/audit.
+	// Where somebody may set Dir back, it should be elsewhere. One process writes
+	// it. Dir/audit.
 	Memory string
+	// Quiet only answers questions: nothing is verified again or remembered,
+	// because another process does. Evidence is verified all the same.
+	Quiet bool
 	// Poll is how often to look for new records without being told. 1 s.
 	Poll time.Duration
 	// Patience is how long what a checkpoint covers may be missing here before

@@ -119,7 +119,7 @@ func synthetic(b *testing.B, n int) *index {
 		args := []any{from, min(n, from+1_000_000), benchJunctions, start}
 		nums := `(SELECT i + ?1 AS i, ((i + ?1) / 2) % ?3 AS j, (i + ?1) / (2 * ?3) AS t FROM temp.number WHERE i + ?1 < ?2)`
 		run(`INSERT INTO record SELECT i, i / 1000 + 1, 'held', iif(i % 2 = 0, 'frame', 'command'), iif(i % 2 = 0, 'readings', 'control'), 'J' || j,
-			iif(i % 2 = 0, 'rsu-J' || j, NULL), iif(i % 2 = 0, 'device rsu-J' || j, 'service signal-control'), iif(i % 2 = 0, 1, NULL), t + 1,
+			iif(i % 2 = 0, 'rsu-J' || j, NULL), iif(i % 2 = 0, 'device rsu-J' || j, 'service signal-control'), iif(i % 2 = 0, 1, 0), t + 1,
 			?4 + t * 1000000000 + (i % 2) * 300000000, iif(i % 2 = 0, NULL, 'extend green: vehicle present') FROM `+nums, args...)
 		run(`INSERT INTO command SELECT i, 'J' || j, t + 1, ?4 + t * 1000000000 + 300000000, 1, i / 1000 + 1, 'rsu-J' || j, 1, t + 1, 'city', '1', 'adaptive', '2' FROM `+nums+` WHERE i % 2 = 1`, args...)
 		run(`INSERT INTO outcome SELECT 'J' || j, t, i, 1, NULL FROM `+nums+` WHERE i % 2 = 0 AND t > 0 AND ?4 = ?4`, args...)

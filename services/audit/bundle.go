@@ -250,4 +250,3 @@ func (s *Service) bundle(ctx context.Context, unbroken []ledger.Unbroken, indexe
 
 // wrap adds a prefix and keeps the kind.
 func wrap(prefix string, err error) error { return kind.Errorf(kind.Of(err), "%s: %w", prefix, err) }
-

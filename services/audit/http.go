@@ -84,7 +84,7 @@ func (s *Service) Handler() http.Handler {
 		bundle(w, fmt.Sprintf("evidence-%d", index), func() ([]byte, error) { return s.Evidence(r.Context(), index) })
 	})
 	mux.HandleFunc("GET /v1/records", func(w http.ResponseWriter, r *http.Request) {
-		q, err := parseQuery(r.URL.Query())
+		q, err := ParseQuery(r.URL.Query())
 		if err != nil {
 			s.problem(w, err)
 			return
@@ -156,8 +156,8 @@ func (s *Service) Handler() http.Handler {
 	return mux
 }
 
-// parseQuery reads the filters of /v1/records.
-func parseQuery(v url.Values) (Query, error) {
+// ParseQuery reads the filters of /v1/records. Errors have kind Invalid.
+func ParseQuery(v url.Values) (Query, error) {
 	q := Query{Kind: identity.RecordKind(v.Get("kind")), Class: v.Get("class"), Junction: traffic.JunctionID(v.Get("junction")), Device: traffic.DeviceID(v.Get("device")),
 		Signer: v.Get("signer"), Requester: v.Get("requester"), Case: v.Get("case"), Policy: v.Get("policy"), PolicyVersion: v.Get("policy_version"),
 		Controller: v.Get("controller"), Rule: v.Get("rule"), Outcome: v.Get("outcome"), State: v.Get("state"), After: v.Get("after")}

@@ -51,7 +51,6 @@ type row struct {
 	signer   string
 	boot     uint64
 	seq      uint64
-	hasSeq   bool
 	measured time.Time
 	rule     string
 
@@ -257,12 +256,8 @@ func (x *index) add(ctx context.Context, from place, blocks []blockRows) (err er
 
 // stage hands a row to the inserters.
 func (x *index) stage(r *row) {
-	var boot, seq any
-	if r.hasSeq {
-		boot, seq = int64(r.boot), int64(r.seq)
-	}
 	x.inserts["record"].add(int64(r.index), int64(r.height), r.state, string(r.kind), r.class,
-		text(string(r.junction)), text(string(r.device)), text(r.signer), boot, seq, r.measured.UnixNano(), text(r.rule))
+		text(string(r.junction)), text(string(r.device)), text(r.signer), int64(r.boot), int64(r.seq), r.measured.UnixNano(), text(r.rule))
 	if c := r.command; c != nil {
 		x.inserts["command"].add(int64(r.index), string(c.Junction), int64(c.Seq), c.Issued.UnixNano(), int64(c.Stage), int64(c.Height),
 			string(c.RestsOn.Device), int64(c.RestsOn.BootEpoch), int64(c.RestsOn.Seq), c.Policy, c.PolicyVersion, c.Controller, c.ControllerVersion)
@@ -353,7 +348,7 @@ func (x *index) forget(ctx context.Context, state string, indexes []uint64) (err
 			}
 		}
 		if _, err := tx.ExecContext(ctx, x.d.sql(`UPDATE record SET state = ?, kind = '', class = '', junction = NULL, device = NULL, signer = NULL,
-			boot = NULL, seq = NULL, rule = NULL, measured = (SELECT time FROM block WHERE block.height = record.height) WHERE idx = ?`), state, int64(i)); err != nil {
+			boot = 0, seq = 0, rule = NULL, measured = (SELECT time FROM block WHERE block.height = record.height) WHERE idx = ?`), state, int64(i)); err != nil {
 			return err
 		}
 	}

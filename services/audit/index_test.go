@@ -128,7 +128,9 @@ func TestTwoWriters(t *testing.T) {
 	d, c := morning(t, 9)
 	dir := t.TempDir()
 	write(t, dir, c, 3)
-	one, two := service(t, config(d, dir)), service(t, config(d, dir))
+	quiet := config(d, dir)
+	quiet.Quiet = true
+	one, two := service(t, config(d, dir)), service(t, quiet)
 	write(t, dir, c, len(c.Blocks))
 	for _, s := range []*Service{two, one} {
 		if err := s.Refresh(); err != nil {
@@ -137,6 +139,9 @@ func TestTwoWriters(t *testing.T) {
 	}
 	if a, b := dump(t, one), dump(t, two); a != b || one.Metrics().Blocks != uint64(len(c.Blocks)) {
 		t.Errorf("got %+v and %+v, want the same", one.Metrics(), two.Metrics())
+	}
+	if one.Metrics().Verified <= two.Metrics().Verified {
+		t.Errorf("got %+v and %+v, want that the quiet one verifies nothing", one.Metrics(), two.Metrics())
 	}
 }
 

@@ -85,7 +85,8 @@ type Query struct {
 	State         string // Held, Gone or Redacted
 	// From and To bound the record's own time: From ≤ time < To.
 	From, To time.Time
-	// Oldest has the oldest first, not the newest.
+	// Oldest has the oldest first, not the newest: by the records' own time, and
+	// those of a device in the order in which it made them.
 	Oldest bool
 	// After is [Page.Next] of the page before.
 	After string
@@ -138,10 +139,19 @@ func (q *Query) Validate() error {
 	return nil
 }
 
-// mark is where a page ended: the record's time and index.
+// mark is where a page ended: the record's time and index, or what [Query.byDevice]
+// orders by.
 type mark struct {
 	Time  int64  `json:"t"`
+	Boot  uint64 `json:"b,omitempty"`
+	Seq   uint64 `json:"s,omitempty"`
 	Index uint64 `json:"i"`
+}
+
+// byDevice reports whether the records are listed in the order in which a device
+// made them: that is how the index has them.
+func (q *Query) byDevice() bool {
+	return q.Device != "" && q.Junction == "" && q.Requester == "" && q.Case == "" && q.From.IsZero() && q.To.IsZero()
 }
 
 func (m mark) String() string {
@@ -267,15 +277,30 @@ func (q *Query) statement() (string, []any, error) {
 	if q.Oldest {
 		order, beyond = "ASC", ">"
 	}
+	by := []string{time, "k.idx"}
+	if q.byDevice() {
+		by = []string{"k.boot", "k.seq", "k.idx"}
+	}
 	if after != nil {
-		w.and(fmt.Sprintf("(%s, k.idx) %s (?, ?)", time, beyond), after.Time, int64(after.Index))
+		term := fmt.Sprintf("(%s) %s (?%s)", strings.Join(by, ", "), beyond, strings.Repeat(", ?", len(by)-1))
+		if q.byDevice() {
+			w.and(term, int64(after.Boot), int64(after.Seq), int64(after.Index))
+		} else {
+			w.and(term, after.Time, int64(after.Index))
+		}
 	}
 	limit := q.Limit
 	if limit == 0 {
 		limit = 100
 	}
-	keys := "SELECT k.idx AS idx, " + time + " AS t FROM " + from + w.String() + fmt.Sprintf(" ORDER BY t %s, idx %s LIMIT %d", order, order, limit+1)
-	return "SELECT " + columns + " FROM (" + keys + ") p JOIN record r ON r.idx = p.idx" + others + fmt.Sprintf(" ORDER BY p.t %s, p.idx %s", order, order), w.args, nil
+	var keys, inner, outer []string
+	for i, column := range by {
+		keys = append(keys, fmt.Sprintf("%s AS o%d", column, i))
+		inner = append(inner, column+" "+order)
+		outer = append(outer, fmt.Sprintf("p.o%d %s", i, order))
+	}
+	page := "SELECT " + strings.Join(keys, ", ") + " FROM " + from + w.String() + " ORDER BY " + strings.Join(inner, ", ") + fmt.Sprintf(" LIMIT %d", limit+1)
+	return "SELECT " + columns + " FROM (" + page + fmt.Sprintf(") p JOIN record r ON r.idx = p.o%d", len(by)-1) + others + " ORDER BY " + strings.Join(outer, ", "), w.args, nil
 }
 
 // find lists records.
@@ -296,7 +321,7 @@ func (x *index) find(ctx context.Context, q Query, sealed uint64) (Page, error) 
 	if len(p.Records) > limit {
 		p.Records = p.Records[:limit]
 		last := p.Records[limit-1]
-		p.Next = mark{last.Time.UnixNano(), last.Index}.String()
+		p.Next = mark{last.Time.UnixNano(), last.Boot, last.Seq, last.Index}.String()
 	}
 	return p, nil
 }

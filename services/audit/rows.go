@@ -37,18 +37,18 @@ func rowOf(p *ledger.Payload, class retention.Class, block time.Time, reg *ident
 	switch {
 	case c.Frame != nil:
 		f := c.Frame
-		r.junction, r.device, r.boot, r.seq, r.hasSeq = f.Junction, f.Device, f.BootEpoch, f.Seq, true
+		r.junction, r.device, r.boot, r.seq = f.Junction, f.Device, f.BootEpoch, f.Seq
 		r.results = f.Results
 		at(f.Time)
 	case c.Command != nil:
 		r.command = c.Command
-		r.junction, r.seq, r.hasSeq, r.rule = c.Command.Junction, c.Command.Seq, true, c.Command.Rule
+		r.junction, r.seq, r.rule = c.Command.Junction, c.Command.Seq, c.Command.Rule
 		at(c.Command.Issued)
 	case c.Import != nil:
-		r.device, r.boot, r.seq, r.hasSeq = c.Import.Device, c.Import.Run, c.Import.Seq, true
+		r.device, r.boot, r.seq = c.Import.Device, c.Import.Run, c.Import.Seq
 		at(c.Import.Time)
 	case c.Health != nil:
-		r.junction, r.device, r.seq, r.hasSeq, r.rule = c.Health.Junction, c.Health.RestsOn.Device, c.Health.Seq, true, c.Health.Rule
+		r.junction, r.seq, r.rule = c.Health.Junction, c.Health.Seq, c.Health.Rule
 		at(c.Health.Time)
 	case c.Change != nil:
 		r.rule = c.Change.Action + " " + string(c.Change.Type)
@@ -60,7 +60,7 @@ func rowOf(p *ledger.Payload, class retention.Class, block time.Time, reg *ident
 		}
 	default:
 		d := ledger.Describe(e)
-		r.junction, r.device, r.seq, r.hasSeq = traffic.JunctionID(d.Junction), traffic.DeviceID(d.Device), d.Seq, d.Seq != 0
+		r.junction, r.device, r.seq = traffic.JunctionID(d.Junction), traffic.DeviceID(d.Device), d.Seq
 		if d.Time != nil {
 			at(*d.Time)
 		}

@@ -148,19 +148,24 @@ func newWatch(s *Service) (_ *watch, err error) {
 		metric.WithDescription("Alarms that the auditor has raised, by rule.")); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(s.c.Memory, 0o755); err != nil {
-		return nil, err
-	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, w.close())
 		}
 	}()
-	if w.seen, err = seglog.Open(filepath.Join(s.c.Memory, "seen"), seglog.Options{}); err != nil {
-		return nil, err
-	}
-	if w.alarms, err = seglog.Open(filepath.Join(s.c.Memory, "alarms"), seglog.Options{}); err != nil {
-		return nil, err
+	for _, l := range []struct {
+		log **seglog.Log
+		dir string
+	}{{&w.seen, "seen"}, {&w.alarms, "alarms"}} {
+		dir := filepath.Join(s.c.Memory, l.dir)
+		if s.c.Quiet {
+			*l.log, err = seglog.OpenReader(dir)
+		} else if err = os.MkdirAll(s.c.Memory, 0o755); err == nil {
+			*l.log, err = seglog.Open(dir, seglog.Options{})
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
 	b, err := os.ReadFile(w.newestFile())
 	if err == nil {
@@ -203,7 +208,7 @@ func (w *watch) close() error {
 }
 
 func (w *watch) save(k kept) error {
-	if k == w.saved {
+	if k == w.saved || w.s.c.Quiet {
 		return nil
 	}
 	b, err := json.Marshal(k)
@@ -236,6 +241,9 @@ type finding struct {
 // look verifies what is new, and raises and clears alarms. trouble is what was
 // wrong with reading the folder. The caller holds s.refreshing.
 func (w *watch) look(trouble error) {
+	if w.s.c.Quiet {
+		return
+	}
 	now := time.Now()
 	var fs []finding
 	if trouble != nil {
@@ -937,12 +945,12 @@ func (s *Service) Saw(from string, signed []byte) (verdict string, err error) {
 	if verdict == Ahead {
 		w.wait(foreign{from, bytes.Clone(signed), sealed, now})
 	}
-	if verdict == Forked {
+	if verdict == Forked && !s.c.Quiet {
 		f := w.fork(from, sealed, signed)
 		w.raise(now, f.rule+" "+f.subject, f)
 		s.tell()
 	}
-	if !due {
+	if !due || s.c.Quiet {
 		return verdict, nil
 	}
 	b, err := json.Marshal(seen{now.UTC(), from, verdict, string(signed)})

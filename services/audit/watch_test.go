@@ -92,8 +92,8 @@ func grow(t testing.TB, dir string, c *ledgertest.Chain, from, to int, each func
 func fork(seed string, n, more int) (d *ledgertest.District, a, b *ledgertest.Chain) {
 	d = ledgertest.New(seed, 4)
 	a, b = d.NewChain().Fill(n), d.NewChain().Fill(n)
-	a.Decide([]ledgertest.Record{d.Frame(5001, second(n + 1))})
-	b.Decide([]ledgertest.Record{d.Frame(6001, second(n + 1))})
+	a.Decide([]ledgertest.Record{d.Frame(5001, second(n+1))})
+	b.Decide([]ledgertest.Record{d.Frame(6001, second(n+1))})
 	return d, a.Fill(more), b.Fill(more)
 }
 

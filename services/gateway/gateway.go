@@ -79,6 +79,7 @@ type Gateway struct {
 	quarantine  map[string]uint64
 	lastRefusal string
 	refused     refusals // registry records
+	alarms      []AlarmView
 }
 
 // pending is a frame that has been agreed and waits for its seal.
@@ -190,6 +191,8 @@ type View struct {
 	// Quarantine counts refused records by rule.
 	Quarantine  map[string]uint64 `json:"quarantine,omitempty"`
 	LastRefusal string            `json:"last_refusal,omitempty"`
+	// Alarms of the auditor that stand, the oldest first.
+	Alarms []AlarmView `json:"alarms,omitempty"`
 }
 
 // New returns a gateway that has seen nothing yet.
@@ -241,6 +244,9 @@ func (g *Gateway) Run(ctx context.Context) error {
 		run.Actor{Name: "events", Run: g.events},
 		run.Actor{Name: "seals", Run: func(ctx context.Context) error {
 			return g.cfg.Bus.Subscribe(ctx, topic.Seal(g.cfg.District), func(_ string, data []byte) { g.seal(data) })
+		}},
+		run.Actor{Name: "alarms", Run: func(ctx context.Context) error {
+			return g.cfg.Bus.Subscribe(ctx, topic.Alarm(g.cfg.District), func(_ string, data []byte) { g.alarm(data) })
 		}},
 	)
 }
@@ -390,7 +396,7 @@ func (g *Gateway) snapshot() (v View, agreed, sealing []float64) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	v = View{District: g.cfg.District, Time: g.cfg.Now().UTC(), Blocks: slices.Clone(g.blocks), Sealed: g.sealed, Counts: g.counts,
-		Quarantine: maps.Clone(g.quarantine), LastRefusal: g.lastRefusal}
+		Quarantine: maps.Clone(g.quarantine), LastRefusal: g.lastRefusal, Alarms: g.standing(time.Now())}
 	for _, j := range g.junctions {
 		c := *j
 		c.proofs = nil

@@ -24,8 +24,8 @@ CREATE TABLE record (
 	junction TEXT,
 	device   TEXT,
 	signer   TEXT,          -- type and id in the registry of the block
-	boot     {int},         -- of a frame; the run of an import
-	seq      {int},
+	boot     {int} NOT NULL, -- of a frame; the run of an import; 0: none
+	seq      {int} NOT NULL, -- 0: none
 	measured {int} NOT NULL, -- by the signer's clock; the block's time where the record has none
 	rule     TEXT
 );

@@ -16,6 +16,7 @@ func TestManualPages(t *testing.T) {
 		"consensus": {"--config FILE", "--check", "--write-config DIR", "--data DIR", "--nats URL", "/healthz"},
 		"simulate":  {"--config FILE", "--controller NAME", "Default: maxpressure", "--rules NAME", "Default: free", "--sensing NAME", "Default: detectors", "--seed N", "Default: 1", "--tripinfo FILE", "--pipeline", "--json"},
 		"verify":    {"--policy FILE", "--json", "EXIT STATUS", "3  consistent in itself"},
+		"audit":     {"audit chain --data DIR --junction ID --at TIME", "--after MARK", "--all", "--case NUMBER", "--from TIME", "--junction ID", "--limit MANY", "--out FILE", "--unbroken DEVICE", "--json", "EXIT STATUS"},
 		"fsck":      {"--policy FILE", "--json", "EXIT STATUS"},
 		"enrol":     {"--data DIR", "--device ID", "--junction ID", "--key FILE", "--public-key FILE", "--revoke", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
 		"replay":    {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},

@@ -33,6 +33,9 @@ function show(v) {
   fill("figures", [["Frames agreed", c.frames], ["Readings", c.readings], ["Blocks", c.blocks], ["Sealed size", v.sealed.size], ["Sealed at", clock(v.sealed.time)],
     ["Agreed p50 / p99", ms(l.agreed_p50) + " / " + ms(l.agreed_p99)], ["Sealed p50 / p99", ms(l.sealed_p50) + " / " + ms(l.sealed_p99)],
     ["Commands applied", c.applied + " of " + c.commands], ["Refused", c.refused], ["Interlock trips", c.trips]].map(([k, x]) => { const d = el("div"); d.append(el("dt", k), el("dd", x)); return d; }));
+  const alarms = v.alarms || [];
+  $("alarms").hidden = !alarms.length;
+  fill("alarms", alarms.map((a) => el("p", `Alarm of the auditor since ${clock(a.since)} (UTC): ${a.rule}: ${a.detail}`)));
   const js = v.junctions || [];
   map(js);
   fill("junctions", js.map((j) => {
