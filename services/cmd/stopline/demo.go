@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/timing"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/pkg/validate"
@@ -71,6 +72,12 @@ received (agreed), and until a checkpoint that covers it was sealed (sealed).`,
 		fs.StringVar(&o.grpc.key, "grpc-key", "", "`FILE` with its PEM key")
 		fs.StringVar(&o.grpc.clientCA, "grpc-client-ca", "", "`FILE` with the PEM certificates by which gateways must be known")
 		o.mqtt.flags(fs)
+		fs.Func("witness", "have a witness cosign the log: its verifier key and URL, joined by @, `VKEY@URL`;\nmay be given several times (see stopline witness)", func(s string) error {
+			w, err := parseWitness(s)
+			o.witnesses = append(o.witnesses, w)
+			return err
+		})
+		fs.IntVar(&o.needWitnesses, "need-witnesses", 0, "for a new data folder: seal nothing without the cosignatures of `N` of them")
 		fs.BoolVar(&o.json, "json", false, "print, last, one JSON object")
 		fs.BoolVar(&o.verbose, "verbose", false, "log to standard error what services do")
 		return func(ctx context.Context, args []string, s streams) error {
@@ -92,6 +99,9 @@ type demoOptions struct {
 	grpc                                    grpcOptions
 	mqtt                                    mqttOptions
 	store                                   roadside.StoreConfig
+	// witnesses cosign besides the validators, needWitnesses of whom must.
+	witnesses     []ledger.Witness
+	needWitnesses int
 }
 
 // demoReport is the JSON object that a demo ends with.
@@ -163,6 +173,9 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	if err := o.mqtt.check(o.nats); err != nil {
 		return err
 	}
+	if o.needWitnesses < 0 || o.needWitnesses > len(o.witnesses) {
+		return usageError("demo: --need-witnesses %d: there are %d of --witness", o.needWitnesses, len(o.witnesses))
+	}
 	if o.length < 0 {
 		return usageError("demo: --for %v: must not be negative", o.length)
 	}
@@ -204,8 +217,10 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	policy := identity.Policy{Version: "1", Controller: ctrl.Name + " " + ctrl.Version, Rules: rules.Name}
 	l, err := newLocal(ctx, localOptions{
 		dir: dir, log: log, nats: o.nats, grpc: o.grpc, mqtt: o.mqtt, external: o.external,
-		open: district.Options{ID: districtName(config), Junctions: defs, Created: time.Now(), PolicyName: "default", Policy: policy},
-		core: signalcontrol.CoreConfig{District: districtName(config), Policy: "default", PolicyVersion: policy.Version, Controller: ctrl, Rules: rules},
+		open: district.Options{ID: districtName(config), Junctions: defs, Created: time.Now(), PolicyName: "default", Policy: policy,
+			Witnesses: o.witnesses, NeedWitnesses: o.needWitnesses},
+		witnesses: o.witnesses,
+		core:      signalcontrol.CoreConfig{District: districtName(config), Policy: "default", PolicyVersion: policy.Version, Controller: ctrl, Rules: rules},
 	})
 	if err != nil {
 		return err

@@ -90,6 +90,8 @@ type localOptions struct {
 	mqtt mqttOptions
 	// external says that the validators run elsewhere.
 	external bool
+	// witnesses are asked to cosign, besides those of the policy.
+	witnesses []ledger.Witness
 }
 
 // grpcOptions say where gateways come by gRPC, if at all, and with which TLS.
@@ -233,6 +235,7 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	}
 	if l.sealing, err = sealing.New(sealing.Config{
 		Bus: b, Dir: o.dir, GenesisJSON: l.district.GenesisJSON, Policy: l.district.Policy, LogKey: l.district.LogKey, Now: o.now, Logger: o.log.With("service", "sealing"),
+		Witnesses: o.witnesses,
 	}); err != nil {
 		return nil, err
 	}

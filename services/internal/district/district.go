@@ -49,6 +49,10 @@ type Options struct {
 	PolicyName string
 	Created    time.Time
 	Rand       io.Reader // nil: crypto/rand
+	// Witnesses cosign the log besides the validators; at least NeedWitnesses of
+	// them must, or nothing is sealed.
+	Witnesses     []ledger.Witness
+	NeedWitnesses int
 }
 
 // District is an open folder. Its fields must not be changed.
@@ -186,7 +190,10 @@ func create(dir string, o Options) error {
 		names = append(names, departments[n-1])
 		fmt.Fprintf(&policy, "witness %s %s\n", departments[n-1], c)
 	}
-	fmt.Fprintf(&policy, "group validators %d %s\nquorum validators\n", ledger.Quorum(o.Validators), strings.Join(names, " "))
+	fmt.Fprintf(&policy, "group validators %d %s\n", ledger.Quorum(o.Validators), strings.Join(names, " "))
+	if err := witnesses(&policy, o.Witnesses, o.NeedWitnesses); err != nil {
+		return err
+	}
 	both := []string{identity.Planner, identity.Governor}
 	for _, official := range []struct {
 		id, department string
@@ -270,6 +277,26 @@ func create(dir string, o Options) error {
 	}
 	// Last: a folder with a genesis document is a district.
 	return WriteFile(filepath.Join(dir, "genesis.json"), doc, 0o644)
+}
+
+// witnesses ends a policy: with the validators' group, or that and some of others.
+func witnesses(policy *bytes.Buffer, others []ledger.Witness, need int) error {
+	if need < 0 || need > len(others) {
+		return fmt.Errorf("%d of %d witnesses cannot be needed", need, len(others))
+	}
+	var names []string
+	for _, w := range others {
+		names = append(names, w.Name)
+		fmt.Fprintf(policy, "witness %s %s %s\n", w.Name, w.Cosigner, w.URL)
+	}
+	quorum := "validators"
+	if need > 0 {
+		quorum = "district"
+		fmt.Fprintf(policy, "group neighbours %d %s\ngroup district all validators neighbours\n", need, strings.Join(names, " "))
+	}
+	fmt.Fprintf(policy, "quorum %s\n", quorum)
+	_, err := ledger.ParsePolicy(policy.Bytes())
+	return err
 }
 
 func public(k ed25519.PrivateKey) identity.PublicKey {
