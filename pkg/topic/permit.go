@@ -136,7 +136,7 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		p.reader(QuarantineStream)
 	case SignalControlUser:
 		p.follower(d)
-		p.publish(sub(d, "command", "*"), StatusAll(d), sub(d, "in", "command", "*"), sub(d, "in", "health", "*"))
+		p.publish(sub(d, "command", "*"), sub(d, "plan", "*"), StatusAll(d), sub(d, "in", "command", "*"), sub(d, "in", "health", "*"), sub(d, "in", "plan", "*"))
 	case SealingUser:
 		p.follower(d)
 		p.publish(sub(d, "cosign", "*"), Seal(d), Seen(d, SealingUser), sub(d, "in", "deletion", SealingUser))
@@ -155,11 +155,17 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		p.api("STREAM.NAMES")
 		p.reader(QuarantineStream)
 		p.acknowledge(QuarantineStream, "*")
+		p.publish(Access(d, GatewayUser), sub(d, "ask", "*", "*"))
+		for _, k := range []string{"access", "request", "override", "registry"} {
+			p.publish(sub(d, "in", k, GatewayUser))
+		}
+		p.reader(AccessStream)
+		p.acknowledge(AccessStream, "*")
 	case EdgeUser:
 		p.follower(d)
 	case StreetUser:
 		p.follower(d)
-		p.subscribe(sub(d, "command", "*"))
+		p.subscribe(sub(d, "command", "*"), sub(d, "plan", "*"))
 		p.publish(StatusAll(d), InboxAll(d))
 	default:
 		return Permissions{}, fmt.Errorf("topic: no service %q; there are %v", service, ServiceUsers())

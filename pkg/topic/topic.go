@@ -19,6 +19,8 @@
 //	                          stands, never stored
 //	command.<junction>        signal-control → roadside unit; never stored: an old
 //	                          command is worth nothing
+//	plan.<junction>           signal-control → roadside unit: its fall-back plan, said
+//	                          again and again; never stored
 //	status.<junction>         roadside unit → STATUS
 //	dead.<consumer>           the bus → DEADLETTER
 //	device.<device>.up        a device → ingest, by MQTT; never stored
@@ -114,9 +116,29 @@ func SeenAll(d traffic.DistrictID) string { return sub(d, "seen", "*") }
 // Alarm carries what the auditor has found to be wrong with the log.
 func Alarm(d traffic.DistrictID) string { return sub(d, "alarm") }
 
+// Access is where a gateway puts on record what it is about to answer.
+func Access(d traffic.DistrictID, gateway string) string { return sub(d, "access", Token(gateway)) }
+
+// AccessAll matches all of [Access].
+func AccessAll(d traffic.DistrictID) string { return sub(d, "access", "*") }
+
+// Ask is where a service answers questions of others, as requests: JSON, or what
+// the method says.
+func Ask(d traffic.DistrictID, service, method string) string {
+	return sub(d, "ask", Token(service), Token(method))
+}
+
+// AskAll matches all questions to a service.
+func AskAll(d traffic.DistrictID, service string) string { return sub(d, "ask", Token(service), "*") }
+
 // Command carries signed commands to the roadside unit of a junction.
 func Command(d traffic.DistrictID, j traffic.JunctionID) string {
 	return sub(d, "command", Token(string(j)))
+}
+
+// Plan carries the signed fall-back plan of a junction to its roadside unit.
+func Plan(d traffic.DistrictID, j traffic.JunctionID) string {
+	return sub(d, "plan", Token(string(j)))
 }
 
 // Status carries what a roadside unit says at once, outside its frames.
@@ -191,6 +213,9 @@ const (
 	SealStream       = "SEALS"
 	StatusStream     = "STATUS"
 	DeadStream       = "DEADLETTER"
+	// AccessStream holds what the gateway promised to put on record, until ingest
+	// has it. It is apart from the others so that load there cannot delay an answer.
+	AccessStream = "ACCESS"
 )
 
 // MaxMessage is the largest message that a stream or a request may carry,
@@ -211,6 +236,7 @@ func Streams(d traffic.DistrictID) []Stream {
 		{Name: DecisionStream, Subjects: []string{DecisionAll(d)}, MaxAge: hour, MaxBytes: 8 << 30, MaxMsgSize: MaxPayload, Duplicates: 2 * time.Minute, DiscardOld: true},
 		{Name: SealStream, Subjects: []string{Seal(d)}, MaxAge: 24 * hour, MaxBytes: 256 << 20, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute, DiscardOld: true},
 		{Name: StatusStream, Subjects: []string{StatusAll(d)}, MaxAge: hour, MaxBytes: 256 << 20, MaxMsgSize: 1 << 20, Duplicates: 2 * time.Minute, DiscardOld: true},
+		{Name: AccessStream, Subjects: []string{AccessAll(d)}, MaxAge: hour, MaxBytes: 1 << 30, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute},
 		{Name: DeadStream, Subjects: []string{sub(d, "dead", ">")}, MaxAge: 7 * 24 * hour, MaxBytes: 256 << 20, MaxMsgSize: MaxPayload, Duplicates: 2 * time.Minute, DiscardOld: true},
 	}
 }

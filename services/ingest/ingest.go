@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -218,6 +219,7 @@ type record struct {
 	digest     ledger.Hash
 	envelope   []byte // nil once stored
 	salt       ledger.Salt
+	salted     bool        // the sender has drawn the salt
 	commitment ledger.Hash // set once stored
 	done       bool
 	waiters    []waiter
@@ -265,6 +267,7 @@ type turn struct {
 	own          *session // of a row of this process
 	number, base uint64
 	door         string
+	salt         *ledger.Salt // that the sender has drawn, or nil
 }
 
 // New returns a service that is not running yet.
@@ -470,6 +473,9 @@ func (s *Service) request(m *nats.Msg) {
 		if want := topic.Inbox(s.District, string(e.Kind), ""); ref == nil && !strings.HasPrefix(m.Subject, want[:len(want)-1]) {
 			ref = &refusal{reason: ReasonKind, field: "kind", text: fmt.Sprintf("kind: the envelope says %s, the subject %s does not", e.Kind, m.Subject)}
 		}
+		if ref == nil {
+			t.salt, ref = saltOf(m, e.Kind)
+		}
 	}
 	if ref != nil {
 		s.refuse(t, ref, reply)
@@ -491,6 +497,24 @@ func turnOf(m *nats.Msg) (turn, *refusal) {
 			"%s, %s: must be decimal numbers from 1, the first not below the second, with a session of at most 64 bytes", bus.HeaderNumber, bus.HeaderBase)}
 	}
 	return turn{session: m.Subject + " " + id, number: n, base: base}, nil
+}
+
+// saltOf reads the salt that a sender has drawn, nil for none. Only the gateway's
+// kinds may bring one: a receipt for a reading is given before ingest has it. A
+// device that chose its salts could make one that others can guess.
+func saltOf(m *nats.Msg, k identity.RecordKind) (*ledger.Salt, *refusal) {
+	h := m.Header.Get(bus.HeaderSalt)
+	if h == "" {
+		return nil, nil
+	}
+	if k != identity.KindAccess && k != identity.KindRequest && k != identity.KindOverride {
+		return nil, &refusal{reason: ReasonHeader, field: bus.HeaderSalt, text: fmt.Sprintf("%s: a %s may not bring its own", bus.HeaderSalt, k)}
+	}
+	b, err := hex.DecodeString(h)
+	if err != nil || len(b) != len(ledger.Salt{}) {
+		return nil, &refusal{reason: ReasonHeader, field: bus.HeaderSalt, text: bus.HeaderSalt + ": must be 64 hex digits"}
+	}
+	return (*ledger.Salt)(b), nil
 }
 
 // refusal says that a request can never be taken.
@@ -583,6 +607,9 @@ func (s *Service) take(envelope []byte, t turn, reply func(answer)) {
 	r := &record{
 		digest: digest, envelope: envelope, arrived: time.Now(), received: now.UnixNano(),
 		waiters: []waiter{{first: true, door: t.door, session: s.advance(sess, t), number: t.number, answer: reply}},
+	}
+	if t.salt != nil {
+		r.salt, r.salted = *t.salt, true
 	}
 	s.known[digest] = r
 	s.held++

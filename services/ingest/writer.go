@@ -151,7 +151,9 @@ func (w *writer) launch(rs []*record) {
 	batch := &pb.Batch{Records: make([]*pb.Record, len(rs))}
 	records := make([]pb.Record, len(rs))
 	for i, r := range rs {
-		copy(r.salt[:], salts[i*len(r.salt):])
+		if !r.salted {
+			copy(r.salt[:], salts[i*len(r.salt):])
+		}
 		records[i].Envelope, records[i].Salt, records[i].ReceivedUnixNano = r.envelope, r.salt[:], r.received
 		batch.Records[i] = &records[i]
 	}

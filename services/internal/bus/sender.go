@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"log/slog"
 	"math/rand/v2"
@@ -17,6 +18,7 @@ import (
 	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/kind"
+	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 )
@@ -29,6 +31,9 @@ const (
 	HeaderSession = "Stopline-Session" // random, new for each [Sender] and inbox
 	HeaderNumber  = "Stopline-Number"  // from 1
 	HeaderBase    = "Stopline-Base"    // lowest number not answered for good
+	// HeaderSalt, 64 hex digits, is a salt that the sender has drawn: the gateway
+	// gives receipts for readings before ingest has them.
+	HeaderSalt = "Stopline-Salt"
 )
 
 // SenderConfig configures a [Sender].
@@ -98,6 +103,7 @@ type entry struct {
 	id   uint64
 	n    uint64
 	data []byte
+	salt string // header, empty for none
 	done func(*pb.Receipt, error)
 	// Of the entry's ctx: whether it has ended, and what ends the watch on it.
 	ended func() error
@@ -165,6 +171,17 @@ func (s *Sender) Send(ctx context.Context, district traffic.DistrictID, k identi
 // closed or ctx at its end, and that done will not be called. envelope must not be changed before
 // done is called.
 func (s *Sender) SendAsync(ctx context.Context, district traffic.DistrictID, k identity.RecordKind, source string, envelope []byte, done func(*pb.Receipt, error)) error {
+	return s.sendAsync(ctx, district, k, source, envelope, "", done)
+}
+
+// SendSaltedAsync is [Sender.SendAsync] with a salt that the sender has drawn;
+// ingest takes one for what the gateway signs. If the record was stored before,
+// the receipt has the salt of then.
+func (s *Sender) SendSaltedAsync(ctx context.Context, district traffic.DistrictID, k identity.RecordKind, source string, envelope []byte, salt ledger.Salt, done func(*pb.Receipt, error)) error {
+	return s.sendAsync(ctx, district, k, source, envelope, hex.EncodeToString(salt[:]), done)
+}
+
+func (s *Sender) sendAsync(ctx context.Context, district traffic.DistrictID, k identity.RecordKind, source string, envelope []byte, salt string, done func(*pb.Receipt, error)) error {
 	subject := topic.Inbox(district, string(k), source)
 	s.mu.Lock()
 	if s.closed {
@@ -189,7 +206,7 @@ func (s *Sender) SendAsync(ctx context.Context, district traffic.DistrictID, k i
 		return kind.Errorf(kind.Unavailable, "bus: sending to %s: never sent: %w", subject, context.Cause(ctx))
 	}
 	l.next++
-	e := &entry{lane: l, n: l.next, data: envelope, done: done, ended: ctx.Err}
+	e := &entry{lane: l, n: l.next, data: envelope, salt: salt, done: done, ended: ctx.Err}
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -341,14 +358,17 @@ func (l *lane) pump() {
 
 func (l *lane) send(e *entry) error {
 	e.try++
+	header := nats.Header{
+		HeaderSession: {l.session},
+		HeaderNumber:  {strconv.FormatUint(e.n, 10)},
+		HeaderBase:    {strconv.FormatUint(l.queue[0].n, 10)},
+	}
+	if e.salt != "" {
+		header[HeaderSalt] = []string{e.salt}
+	}
 	err := l.s.Bus.NC.PublishMsg(&nats.Msg{
-		Subject: l.subject, Data: e.data,
+		Subject: l.subject, Data: e.data, Header: header,
 		Reply: l.s.inbox + "." + strconv.FormatUint(e.id, 10) + "." + strconv.Itoa(e.try),
-		Header: nats.Header{
-			HeaderSession: {l.session},
-			HeaderNumber:  {strconv.FormatUint(e.n, 10)},
-			HeaderBase:    {strconv.FormatUint(l.queue[0].n, 10)},
-		},
 	})
 	if err != nil {
 		return kind.Errorf(kindOf(err), "bus: sending to %s: %w", l.subject, err)
