@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -171,15 +172,15 @@ func (h *history) ask(ctx context.Context, peer uint64, data []byte) ([]byte, er
 }
 
 func sign(o *pb.SnapshotOffer, key ed25519.PrivateKey) {
-	o.Signature = ed25519.Sign(key, snapshotInput(sha256.Sum256(genesisOf4), snapshot{height: ledger.Height(o.Height), header: ledger.Hash(o.Header), size: o.Size, digest: ledger.Hash(o.Digest)}))
+	o.Signature = ed25519.Sign(key, snapshotInput(sha256.Sum256(*genesisOf4.Load()), snapshot{height: ledger.Height(o.Height), header: ledger.Hash(o.Header), size: o.Size, digest: ledger.Hash(o.Digest)}))
 }
 
-var genesisOf4 []byte
+var genesisOf4 atomic.Pointer[[]byte] // of all histories the same
 
 // newcomer is validator 1 with an empty disk.
 func (h *history) newcomer() (Config, *core) {
 	h.t.Helper()
-	genesisOf4 = h.c.Genesis
+	genesisOf4.Store(&h.c.Genesis)
 	c := h.c
 	c.Number, c.VoteKey, c.CosignKey, c.Dir = 1, voteKey(1), cosignKey(1), h.t.TempDir()
 	return c, openTest(h.t, c)
@@ -227,6 +228,7 @@ func (h *history) run(f *fetcher) {
 // state, by executing everything where the payloads are there, and where they
 // are gone, by headers and a snapshot.
 func TestTenThousandBlocksBehind(t *testing.T) {
+	t.Parallel()
 	blocks := 10_000
 	if testing.Short() || slower > 1 {
 		blocks = 1_000
@@ -254,6 +256,7 @@ func TestTenThousandBlocksBehind(t *testing.T) {
 }
 
 func TestBehindWherePayloadsArePurged(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 50, 100*time.Second)
 	h.grow(120)
 	// One that was there until block 120, and one that never was.
@@ -295,6 +298,7 @@ var errLost = errors.New("lost")
 // honest, and the result is the true state; where the liar is alone, there is
 // none.
 func TestALiarPlantsNothing(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 50, 100*time.Second)
 	h.grow(430)
 	forged := forgedState(t, h)
@@ -487,6 +491,7 @@ func forgedState(t *testing.T, h *history) []byte {
 // members when its block was decided. The keys of f+1 validators of before, who
 // were revoked, plant nothing; not on the disk either.
 func TestBehindAcrossAChangeOfMembers(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 20, 50*time.Second)
 	h.grow(110)
 	for n := uint64(5); n <= 7; n++ {
@@ -545,6 +550,7 @@ func TestBehindAcrossAChangeOfMembers(t *testing.T) {
 // blocks are executed however many; also by a validator that has stored more
 // headers than it has a state for.
 func TestNoSnapshotInCommon(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 1000, -1)
 	h.grow(300)
 	_, k := h.newcomer()
@@ -565,6 +571,7 @@ func TestNoSnapshotInCommon(t *testing.T) {
 // TestKilledWhileFetching: wherever it ends, what is on disk is good to go on
 // from.
 func TestKilledWhileFetching(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 20, 50*time.Second)
 	h.grow(215)
 	for at := 1; ; at++ {
@@ -609,6 +616,7 @@ func TestKilledWhileFetching(t *testing.T) {
 // TestSnapshotsAreTheSameEverywhere: the bytes depend on the blocks only, not on
 // when a validator started or how it came by the blocks.
 func TestSnapshotsAreTheSameEverywhere(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 20, -1)
 	h.grow(50)
 	c, k := h.newcomer()
@@ -638,6 +646,7 @@ func TestSnapshotsAreTheSameEverywhere(t *testing.T) {
 
 // TestSnapshotsKept: the newest two, and two that stay for longer.
 func TestSnapshotsKept(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 2, -1)
 	for n, want := range map[int][]ledger.Height{4: {2, 4}, 6: {4, 6}, 32: {30, 32}, 36: {32, 34, 36}, 100: {64, 96, 98, 100}} {
 		h := newHistory(t, 2, -1)
@@ -731,6 +740,7 @@ func TestVouched(t *testing.T) {
 }
 
 func TestPurge(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 20, 64*time.Second)
 	h.grow(400)
 	k := h.k

@@ -22,6 +22,7 @@ import (
 )
 
 func TestFourValidatorsAgree(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u1, u2 := newUnit(1), newUnit(2)
@@ -99,6 +100,7 @@ func (c *cluster) pending(n uint64) uint64 {
 }
 
 func TestABadRecordDoesNotHarmItsNeighbours(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	now := time.Now()
@@ -135,6 +137,7 @@ func TestABadRecordDoesNotHarmItsNeighbours(t *testing.T) {
 }
 
 func TestABatchIsDecidedOnce(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)
@@ -162,6 +165,7 @@ func TestABatchIsDecidedOnce(t *testing.T) {
 // A request that is decided elsewhere while it waits must not be proposed as
 // nothing for ever, nor depose the leader.
 func TestADecidedRequestDoesNotStayInThePool(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)
@@ -194,6 +198,7 @@ func TestADecidedRequestDoesNotStayInThePool(t *testing.T) {
 }
 
 func TestALostLeaderIsReplaced(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)
@@ -236,6 +241,7 @@ func without(ns []uint64, x uint64) []uint64 {
 }
 
 func TestAValidatorThatWasAwayCatchesUp(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)
@@ -272,6 +278,7 @@ func TestAValidatorThatWasAwayCatchesUp(t *testing.T) {
 }
 
 func TestAllRestartAtOnce(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)
@@ -313,6 +320,7 @@ func TestAllRestartAtOnce(t *testing.T) {
 }
 
 func TestARegistryChangeCountsFromTheNextBlock(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	fresh := newUnit(50)
@@ -358,6 +366,7 @@ func TestARegistryChangeCountsFromTheNextBlock(t *testing.T) {
 }
 
 func TestALargeMessageIsDecidedInParts(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	now := time.Now()
@@ -405,6 +414,7 @@ func TestALargeMessageIsDecidedInParts(t *testing.T) {
 // What left ACCEPTED while a validator was away is counted there, once, and
 // comes to it with the others' blocks.
 func TestGoneFromAccepted(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)
@@ -452,6 +462,7 @@ func TestGoneFromAccepted(t *testing.T) {
 }
 
 func TestAnOldDiskStaysSilent(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)
@@ -518,6 +529,7 @@ func copyDir(t *testing.T, from, to string) {
 }
 
 func TestCosigning(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)

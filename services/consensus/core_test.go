@@ -108,6 +108,7 @@ func (b *bench) verify(p proposal) error {
 }
 
 func TestVerifyProposalRefuses(t *testing.T) {
+	t.Parallel()
 	rewrite := func(f func(h *ledger.Header)) func(*testing.T, *bench, proposal) proposal {
 		return func(t *testing.T, _ *bench, p proposal) proposal {
 			h, err := ledger.ParseHeader(p.Header)

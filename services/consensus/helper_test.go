@@ -26,10 +26,18 @@ import (
 
 const harbour = traffic.DistrictID("harbour")
 
+var keys sync.Map // by their names: making one takes as long as signing
+
 // key returns the same key for the same name in every run.
 func key(format string, args ...any) ed25519.PrivateKey {
-	seed := sha256.Sum256(fmt.Appendf(nil, format, args...))
-	return ed25519.NewKeyFromSeed(seed[:])
+	name := fmt.Sprintf(format, args...)
+	if k, ok := keys.Load(name); ok {
+		return k.(ed25519.PrivateKey)
+	}
+	seed := sha256.Sum256([]byte(name))
+	k := ed25519.NewKeyFromSeed(seed[:])
+	keys.Store(name, k)
+	return k
 }
 
 func pub(k ed25519.PrivateKey) identity.PublicKey {

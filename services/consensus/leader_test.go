@@ -82,7 +82,9 @@ func running(c *cluster) []*Validator {
 // Much more is stored than can be decided, and other work wants the processors,
 // too. The leader stays.
 func TestOverloadDeposesNobody(t *testing.T) {
-	long(t)
+	if testing.Short() {
+		t.Skip("takes seconds")
+	}
 	s := district(t, 4)
 	s.decide(s.all()...)
 	for range runtime.GOMAXPROCS(0) {

@@ -267,6 +267,7 @@ func (c *council) finish(ns ...uint64) {
 // From four validators to seven, through five and six, and back to four others:
 // no batch is lost, each step has the quorum of its number.
 func TestMembersComeAndGo(t *testing.T) {
+	t.Parallel()
 	c := newCouncil(t, 4)
 	for n := uint64(5); n <= 7; n++ {
 		c.candidate(n, nil)
@@ -294,6 +295,7 @@ func TestMembersComeAndGo(t *testing.T) {
 // is signed with the old ones counts for nothing, and it may restart with the new
 // ones alone.
 func TestKeysAreRotatedUnderLoad(t *testing.T) {
+	t.Parallel()
 	c := newCouncil(t, 4)
 	c.cluster.stop(2)
 	c.candidate(2, func(cfg *Config) { cfg.NextVoteKey, cfg.NextCosignKey = key("next vote"), key("next cosign") })
@@ -346,6 +348,7 @@ func header(t testing.TB, m *pb.Block) ledger.Header {
 // Who was revoked goes on voting: its messages are counted and reach nobody, and
 // a block with its vote in the place of a member's is refused.
 func TestWhoWasRevokedVotesInVain(t *testing.T) {
+	t.Parallel()
 	c := newCouncil(t, 5)
 	c.sit(4, 1, 2, 3, 4, 5)
 	c.revoke(1, 5)
@@ -401,6 +404,7 @@ func TestWhoWasRevokedVotesInVain(t *testing.T) {
 // Of two changes in one block the second is refused, and taken when it is sent
 // again.
 func TestOneChangeOfMembersABlock(t *testing.T) {
+	t.Parallel()
 	c := newCouncil(t, 4)
 	c.candidate(5, nil)
 	c.candidate(6, nil)
@@ -426,6 +430,7 @@ func TestOneChangeOfMembersABlock(t *testing.T) {
 // away for several changes: whoever is there goes on, and they come back into
 // their places.
 func TestValidatorsDieWhileMembersChange(t *testing.T) {
+	t.Parallel()
 	c := newCouncil(t, 5)
 	c.candidate(6, nil)
 	c.nonce++
@@ -457,6 +462,7 @@ func TestValidatorsDieWhileMembersChange(t *testing.T) {
 // A validator that was revoked while it was away ends when it hears of it, and so
 // does one that is started again later.
 func TestRevokedWhileAway(t *testing.T) {
+	t.Parallel()
 	c := newCouncil(t, 5)
 	c.cluster.stop(5)
 	c.revoke(1, 5)
@@ -568,6 +574,7 @@ func TestTheMostValidatorsFit(t *testing.T) {
 // A newcomer knows the validators of genesis, and all of them are gone: it asks
 // those who publish decisions.
 func TestANewcomerFindsThoseWhoAreThere(t *testing.T) {
+	t.Parallel()
 	c := newCouncil(t, 4)
 	for n := uint64(5); n <= 8; n++ {
 		c.candidate(n, nil)

@@ -12,6 +12,7 @@ import (
 // An old disk stays silent also where it is started so often, and killed while
 // it is silent, that its count of starts is above all that its peers know.
 func TestAnOldDiskStaysSilentHoweverOftenItStarts(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)

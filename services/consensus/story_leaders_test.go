@@ -15,6 +15,7 @@ import (
 
 // The leader falls silent, but goes on listening. The others replace it.
 func TestStorySilentLeader(t *testing.T) {
+	t.Parallel()
 	s := district(t, 4)
 	s.decide(s.all()...)
 	s.say("1, the leader, sends nothing any more")
@@ -111,6 +112,7 @@ func TestStoryOneLeftOut(t *testing.T) {
 // the first is decided, 4 learns of it, and everybody can prove the lie, though
 // nobody was told both.
 func TestStoryTwoProposals(t *testing.T) {
+	t.Parallel()
 	s := district(t, 4)
 	s.decide(s.all()...)
 	s.say("1, the leader, has another proposal for 4 than for 2 and 3, in one slot")
@@ -160,6 +162,7 @@ func TestStoryTwoLiarsOfSeven(t *testing.T) {
 // One leader after the other tells another lie in its proposal, and is replaced
 // at once: nobody has to wait for a timeout.
 func TestStoryLyingProposals(t *testing.T) {
+	t.Parallel()
 	s := district(t, 4)
 	s.decide(s.all()...)
 	decided := s.decide(s.all()...)
@@ -214,6 +217,7 @@ func TestStoryStuffedMetadata(t *testing.T) {
 // The leader proposes a batch that was never in ACCEPTED, with forged frames and
 // such of devices that nobody knows. It is decided; they have no effect.
 func TestStoryForgedFrames(t *testing.T) {
+	t.Parallel()
 	s := district(t, 4)
 	s.decide(s.all()...)
 	now := time.Now()

@@ -257,6 +257,7 @@ func TestStoryFlood(t *testing.T) {
 // False blocks are on DECISIONS before the true ones. Whoever follows the stream
 // gets the true ones, each once.
 func TestStoryJunkOnDecisions(t *testing.T) {
+	t.Parallel()
 	s := district(t, 4)
 	s.decide(s.all()...)
 	true1 := s.blocks(1)[0]

@@ -192,6 +192,7 @@ func TestStoryAForkIsPassedOn(t *testing.T) {
 // are not theirs, checkpoints of before and after, of another log, in notes with
 // liars, with the keys of before; and the book has bounds.
 func TestHonestCosignersAreNotAccused(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)

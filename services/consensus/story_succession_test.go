@@ -33,6 +33,7 @@ func twice(on *atomic.Bool) way {
 // genesis document, also after it has left; what is said in its name later is
 // nobody's vote.
 func TestStoryANewcomerLies(t *testing.T) {
+	t.Parallel()
 	c := newCouncil(t, 4)
 	var lies atomic.Bool
 	c.prepare = func(n uint64, v *Validator) {
@@ -108,6 +109,7 @@ func TestStoryANewcomerLies(t *testing.T) {
 // However a validator came by its blocks, it can show how the members came to be;
 // also after its file of it is lost or spoiled.
 func TestSuccessionIsKept(t *testing.T) {
+	t.Parallel()
 	h := newHistory(t, 20, -1)
 	h.grow(30)
 	h.member(5, "put")

@@ -86,12 +86,13 @@ func district(t *testing.T, n int) *story {
 }
 
 // long leaves a story out of short runs: of each sort there are some that take no
-// time.
+// time. In others it goes on beside the next, as it mostly waits.
 func long(t *testing.T) {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("takes a second or more")
 	}
+	t.Parallel()
 }
 
 // say writes a line of the story.

@@ -154,6 +154,7 @@ func TestParcelsAreJudged(t *testing.T) {
 // Junk of every sort on a validator's subject is counted and harms nobody, while
 // the validators go on deciding.
 func TestJunkBetweenValidators(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	u := newUnit(1)
@@ -218,6 +219,7 @@ func TestJunkBetweenValidators(t *testing.T) {
 
 // What was sent once cannot be sent again by somebody who listened.
 func TestARecordedMessageIsNotPlayedAgain(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	var recorded [][]byte
 	got := make(chan []byte, 1024)
@@ -256,6 +258,7 @@ func TestARecordedMessageIsNotPlayedAgain(t *testing.T) {
 // A validator that votes twice in one slot is found out before the engine sees
 // the second vote, with a proof that outlives a restart.
 func TestEquivocationIsProven(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(1, 2, 3) // 4 is played by the test
 	g := sha256.Sum256(c.genesis)
@@ -352,6 +355,7 @@ func TestANewViewIsCheckedWhole(t *testing.T) {
 
 // An engine that delivers to a view that is gone is not left waiting.
 func TestADeliveryToNobodyIsFreed(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(c.all()...)
 	e := c.nodes[0].v.place().engine.(*smart)
