@@ -53,6 +53,11 @@ submit sends the change in a record signed by the official of --key, who counts
 as one of those needed, and waits until it is in force. Where the validators
 refuse it, submit says why; enough officials who sign make it good.
 
+A feature is a rule of the validators that begins at a block, so that they can be
+given a new build one by one: an entry of type feature, whose ID is its name and
+whose BODY is {"from": BLOCK}. A validator whose build does not know a feature
+ends before that block, and says so.
+
 Keys are files with 64 hex digits of an Ed25519 seed; those of a demo's three
 officials are in its data folder: keys/registrar.key, keys/official-police.key
 and keys/official-ambulance.key. Elsewhere every official keeps their own.`,
@@ -217,6 +222,7 @@ func about(e identity.Entry) string {
 		Junction, Department, Name, Version, Controller string
 		Roles, Signs                                    []string
 		Plan                                            struct{ Name string }
+		From                                            uint64
 	}
 	// Fields of other types than these are no matter: it is a few words.
 	if err := json.Unmarshal(e.Body, &b); err != nil {
@@ -235,6 +241,8 @@ func about(e identity.Entry) string {
 		return strings.TrimSpace(b.Name + ", plan " + b.Plan.Name)
 	case identity.TypePolicy:
 		return b.Controller + " " + b.Version
+	case identity.TypeFeature:
+		return fmt.Sprintf("from block %d on", b.From)
 	case identity.TypeAgency:
 		return b.Name
 	}

@@ -33,7 +33,9 @@ when it caught another one lying: two votes in one slot, two blocks decided at
 one height, or two checkpoints that do not fit together. Votes are signed with
 keys that are not in the policy but in the district's genesis document, so those
 two kinds need --genesis, with the document as you got it from somebody you
-trust; its hash is printed. Checkpoints are judged by --policy, --genesis or both.
+trust; its hash is printed. For validators who came later, or have other keys
+now, the accusation shows how they came to be, from genesis on. Checkpoints are
+judged by --policy, --genesis or both.
 
 EXIT STATUS
     0  passed; for an accusation: it holds, and the guilty are named
