@@ -66,8 +66,12 @@ func (r *refusals) add(f Refusal) {
 	}
 }
 
-// registryRecord is what envelopes of the kind begin with, in their one encoding.
-var registryRecord = identity.Envelope{Kind: identity.KindRegistry}.Marshal()
+// registryRecord and redactionRecord are what envelopes of the kinds begin with,
+// in their one encoding.
+var (
+	registryRecord  = identity.Envelope{Kind: identity.KindRegistry}.Marshal()
+	redactionRecord = identity.Envelope{Kind: identity.KindRedaction}.Marshal()
+)
 
 // explain finds out why registry records of a block were refused, by the
 // validators' own rules: each is tried on the state after those before it. mu is
@@ -76,7 +80,7 @@ func (g *Gateway) explain(b *decided.Block, reg *identity.Registry) {
 	next, left := reg, explainMost
 	for i := range b.Records {
 		r := &b.Records[i]
-		if !bytes.HasPrefix(r.Raw, registryRecord) {
+		if !bytes.HasPrefix(r.Raw, registryRecord) && !bytes.HasPrefix(r.Raw, redactionRecord) {
 			continue
 		}
 		c := wire.Candidate(r.Raw, r.Salt[:])

@@ -43,6 +43,8 @@ type keeper struct {
 	store  *Store
 	dir    string // of pending deletions
 	rolled map[retention.Class]time.Time
+	// readOnly: only a look at what is there.
+	readOnly bool
 }
 
 const (
@@ -116,6 +118,9 @@ func (k *keeper) pending() (map[string]*retention.Pending, error) {
 	for _, e := range es {
 		path := filepath.Join(k.dir, e.Name())
 		if !strings.HasSuffix(e.Name(), ".json") { // half written
+			if k.readOnly {
+				continue
+			}
 			if err := k.store.files.remove(path); err != nil {
 				return nil, err
 			}
