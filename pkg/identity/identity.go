@@ -77,12 +77,15 @@ const (
 	KindHealth    RecordKind = "health"
 	// KindDeletion is a holder's receipt for what it has let go of: pkg/retention.
 	KindDeletion RecordKind = "deletion"
+	// KindPlan is the fall-back plan of a junction, by signal-control: it sets times
+	// and nothing else, see [traffic.Fallback].
+	KindPlan RecordKind = "plan"
 )
 
 // Valid reports whether k is one of the kinds above.
 func (k RecordKind) Valid() bool {
 	switch k {
-	case KindFrame, KindImport, KindRequest, KindCommand, KindOverride, KindRegistry, KindAccess, KindRedaction, KindAnchor, KindHealth, KindDeletion:
+	case KindFrame, KindImport, KindRequest, KindCommand, KindOverride, KindRegistry, KindAccess, KindRedaction, KindAnchor, KindHealth, KindDeletion, KindPlan:
 		return true
 	}
 	return false

@@ -51,5 +51,5 @@
 //
 // [Webster] makes a plan of a junction's filed stages from the flows that its
 // detectors counted ([Flows]). It is what a roadside unit falls back to when it
-// is cut off: see [Fallback].
+// is cut off: see [traffic.Fallback].
 package plan

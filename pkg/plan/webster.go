@@ -1,7 +1,6 @@
 package plan
 
 import (
-	"fmt"
 	"slices"
 	"time"
 
@@ -335,10 +334,11 @@ func (f *Flows) clear() {
 }
 
 // Observe takes one more frame. What failed says of a detector's health counts
-// from now on; it may be nil.
-func (f *Flows) Observe(fr *traffic.Frame, failed func(traffic.DetectorID) bool) {
+// from now on; it may be nil. closed reports whether a window has become
+// complete with it.
+func (f *Flows) Observe(fr *traffic.Frame, failed func(traffic.DetectorID) bool) (closed bool) {
 	if fr.Interval <= 0 {
-		return
+		return false
 	}
 	if f.opened.IsZero() || fr.Time.Before(f.opened) {
 		f.opened = fr.Time.Add(-fr.Interval)
@@ -350,7 +350,7 @@ func (f *Flows) Observe(fr *traffic.Frame, failed func(traffic.DetectorID) bool)
 		}
 	}
 	if fr.Time.Sub(f.opened) < flowWindow {
-		return
+		return false
 	}
 	f.closed = append(f.closed, flowsWindow{f.current, f.seen})
 	if len(f.closed) > flowWindows {
@@ -358,6 +358,7 @@ func (f *Flows) Observe(fr *traffic.Frame, failed func(traffic.DetectorID) bool)
 	}
 	f.clear()
 	f.opened = fr.Time
+	return true
 }
 
 // Windows returns how many quarters have been counted, at most four.
@@ -390,65 +391,4 @@ func (f *Flows) PerHour() []int {
 		}
 	}
 	return out
-}
-
-// Fallback is the plan that a unit runs alone, with what it was made from. It is
-// a record of signal-control: it sets times, within the limits that are filed,
-// and nothing else.
-type Fallback struct {
-	District traffic.DistrictID `json:"district"`
-	Junction traffic.JunctionID `json:"junction"`
-	// Seq rises with each plan for a junction.
-	Seq uint64 `json:"seq"`
-	// Made is when it was made, Unix milliseconds.
-	MadeMS int64        `json:"made_ms"`
-	Plan   traffic.Plan `json:"plan"`
-	// PerHour are the flows that it was made from, by movement; -1: not known.
-	PerHour []int `json:"per_hour"`
-	FlowPPM int64 `json:"flow_ppm"`
-	Over    bool  `json:"over_capacity,omitempty"`
-}
-
-// Fits returns nil if the plan does no more than give other times to the filed
-// sequence of stages, within the filed limits; otherwise an error of kind Invalid
-// that names what is wrong. It is what a unit asks before it keeps one.
-func (b *Fallback) Fits(j *traffic.Junction) error {
-	bad := func(field, rule string, args ...any) error {
-		return kind.Errorf(kind.Invalid, "fall-back plan: "+field+": "+rule, args...)
-	}
-	if b.Junction != j.ID {
-		return bad("junction", "%q, this is %q", b.Junction, j.ID)
-	}
-	if len(b.Plan.Steps) != len(j.Plan.Steps) {
-		return bad("plan.steps", "%d, the filed plan has %d: only times may change", len(b.Plan.Steps), len(j.Plan.Steps))
-	}
-	for i, s := range b.Plan.Steps {
-		if s.Stage != j.Plan.Steps[i].Stage {
-			return bad(fmt.Sprintf("plan.steps[%d].stage", i), "%d, the filed plan has %d: only times may change", s.Stage, j.Plan.Steps[i].Stage)
-		}
-		if s.DurationMS > mostTimeMS {
-			return bad(fmt.Sprintf("plan.steps[%d].duration_ms", i), "%d, at most %d", s.DurationMS, mostTimeMS)
-		}
-		// What the groups that end here need.
-		now, next := j.Stages[s.Stage].State, j.Stages[b.Plan.Steps[(i+1)%len(b.Plan.Steps)].Stage].State
-		var clear, red int64
-		for g := range j.Groups {
-			if now.At(g).Go() && !next.At(g).Go() {
-				t := timesOf(j, g)
-				clear, red = max(clear, t.clear), max(red, t.allRed)
-			}
-		}
-		if s.IntergreenMS < clear+red {
-			return bad(fmt.Sprintf("plan.steps[%d].intergreen_ms", i), "%d, the groups that end need %d", s.IntergreenMS, clear+red)
-		}
-	}
-	c := *j
-	c.Plan = b.Plan
-	if err := c.Check(); err != nil {
-		return kind.Errorf(kind.Invalid, "fall-back plan: %w", err)
-	}
-	if cycle := c.Plan.CycleMS(); c.Plan.OffsetMS < 0 || c.Plan.OffsetMS >= cycle {
-		return bad("plan.offset_ms", "%d: must be 0 or more, and less than the cycle of %d", c.Plan.OffsetMS, cycle)
-	}
-	return nil
 }

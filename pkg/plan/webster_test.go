@@ -109,7 +109,7 @@ func TestWebsterIsAlwaysSafe(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b := plan.Fallback{Junction: j.ID, Plan: p}
+		b := traffic.Fallback{Junction: j.ID, Plan: p}
 		if err := b.Fits(j); err != nil {
 			t.Fatalf("%v of %+v, flows %v: %+v", err, j.Timing, flows, made)
 		}
@@ -130,19 +130,19 @@ func TestFits(t *testing.T) {
 	j := two(t)
 	for _, c := range []struct {
 		want   string
-		change func(*plan.Fallback)
+		change func(*traffic.Fallback)
 	}{
-		{"", func(*plan.Fallback) {}},
-		{"junction", func(b *plan.Fallback) { b.Junction = "other" }},
-		{"only times may change", func(b *plan.Fallback) { b.Plan.Steps = b.Plan.Steps[:1] }},
-		{"plan.steps[0].stage: 1, the filed plan has 0", func(b *plan.Fallback) { b.Plan.Steps[0].Stage = 1 }},
-		{"intergreen_ms: 3999, the groups that end need 4000", func(b *plan.Fallback) { b.Plan.Steps[1].IntergreenMS = 3999 }},
-		{"below the minimum green", func(b *plan.Fallback) { b.Plan.Steps[1].DurationMS = 10_000 }},
-		{"at most 3600000", func(b *plan.Fallback) { b.Plan.Steps[1].DurationMS = 1 << 60 }},
-		{"offset_ms", func(b *plan.Fallback) { b.Plan.OffsetMS = 80_000 }},
-		{"offset_ms", func(b *plan.Fallback) { b.Plan.OffsetMS = -1 }},
+		{"", func(*traffic.Fallback) {}},
+		{"junction", func(b *traffic.Fallback) { b.Junction = "other" }},
+		{"only times may change", func(b *traffic.Fallback) { b.Plan.Steps = b.Plan.Steps[:1] }},
+		{"plan.steps[0].stage: 1, the filed plan has 0", func(b *traffic.Fallback) { b.Plan.Steps[0].Stage = 1 }},
+		{"intergreen_ms: 3999, the groups that end need 4000", func(b *traffic.Fallback) { b.Plan.Steps[1].IntergreenMS = 3999 }},
+		{"below the minimum green", func(b *traffic.Fallback) { b.Plan.Steps[1].DurationMS = 10_000 }},
+		{"at most 3600000", func(b *traffic.Fallback) { b.Plan.Steps[1].DurationMS = 1 << 60 }},
+		{"offset_ms", func(b *traffic.Fallback) { b.Plan.OffsetMS = 80_000 }},
+		{"offset_ms", func(b *traffic.Fallback) { b.Plan.OffsetMS = -1 }},
 	} {
-		b := &plan.Fallback{Junction: j.ID, Plan: j.Plan}
+		b := &traffic.Fallback{Junction: j.ID, Plan: j.Plan}
 		b.Plan.Steps = append([]traffic.PlanStep(nil), j.Plan.Steps...)
 		c.change(b)
 		switch err := b.Fits(j); {

@@ -62,7 +62,7 @@ func Of(k identity.RecordKind) Class {
 	switch k {
 	case identity.KindFrame, identity.KindImport, identity.KindHealth:
 		return Readings
-	case identity.KindCommand, identity.KindOverride:
+	case identity.KindCommand, identity.KindOverride, identity.KindPlan:
 		return Control
 	case identity.KindAccess:
 		return Access

@@ -79,7 +79,7 @@ func registry(t testing.TB, detectors int) *identity.Registry {
 	add(identity.TypeDevice, "d2", identity.Device{Junction: "j2", Key: pub("d2")})
 	add(identity.TypeDevice, "part", identity.Device{Junction: "j1", Key: pub("part"), Detectors: []traffic.DetectorID{"stop"}})
 	add(identity.TypeDevice, "gone", identity.Device{Junction: "j1", Key: pub("gone")})
-	add(identity.TypeService, "control", identity.Service{Key: pub("control"), Signs: []identity.RecordKind{identity.KindCommand}})
+	add(identity.TypeService, "control", identity.Service{Key: pub("control"), Signs: []identity.RecordKind{identity.KindCommand, identity.KindPlan}})
 	add(identity.TypeService, "clerk", identity.Service{Key: pub("clerk"), Signs: []identity.RecordKind{identity.KindAnchor}})
 	add(identity.TypeOfficial, "registrar", identity.Official{Key: pub("registrar"), Department: "traffic", Roles: []string{identity.Registrar}})
 	add(identity.TypeOfficial, "reader", identity.Official{Key: pub("reader"), Department: "audit"})

@@ -34,6 +34,7 @@ const (
 	RuleVehicles       Rule = "vehicles"
 	RuleInconsistent   Rule = "inconsistent"
 	RuleStage          Rule = "stage"
+	RulePlan           Rule = "plan"
 	RuleExpired        Rule = "expired"
 	RuleRegistry       Rule = "registry"
 	RuleInternal       Rule = "internal" // never by Judge, see [Failed]
@@ -71,6 +72,7 @@ var rules = [...]struct {
 	{RuleVehicles, "No more vehicles are present than fit under the detector."},
 	{RuleInconsistent, "Count, occupancy, speed, vehicles and waiting time do not contradict each other."},
 	{RuleStage, "A command names a stage of the junction."},
+	{RulePlan, "A fall-back plan gives times to the filed sequence of stages, within the filed limits, and nothing else."},
 	{RuleExpired, "A command expires after it was issued, soon, and has not expired long ago."},
 	{RuleRegistry, "A registry change has an action, a type and an id."},
 	{RuleInternal, "Judging the record does not fail by a fault of the program."},

@@ -24,6 +24,7 @@ type Candidate struct {
 	Change  *identity.Change
 	Import  *traffic.Import
 	Health  *traffic.Health
+	Plan    *traffic.Fallback
 	// Deletion is a holder's receipt; Change is set for redactions too.
 	Deletion *retention.Receipt
 	Access   *traffic.Access
@@ -149,6 +150,8 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		limit = s.limits.MaxImport
 	case identity.KindHealth:
 		limit = s.limits.MaxHealth
+	case identity.KindPlan:
+		limit = maxPlan
 	}
 	if limit > 0 && len(e.Payload) > limit {
 		return refuse(RuleSize, "payload: %s of %d bytes, at most %d", e.Kind, len(e.Payload), limit)
@@ -188,6 +191,8 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		return s.imported(reg, now, c, &h)
 	case e.Kind == identity.KindHealth && c.Health != nil:
 		return s.health(reg, now, c)
+	case e.Kind == identity.KindPlan && c.Plan != nil:
+		return s.plan(reg, now, c.Plan)
 	}
 	return refuse(RuleSchema, "payload: was not decoded as a %s", e.Kind)
 }

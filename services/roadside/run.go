@@ -154,7 +154,7 @@ func (u *Unit) run(ctx context.Context, c RunConfig) error {
 		run.Actor{Name: "sender", Run: func(ctx context.Context) error { return u.send(ctx, c, ended) }},
 		run.Actor{Name: "store", Run: c.Store.run},
 		run.Actor{Name: "commands", Run: func(ctx context.Context) error {
-			return c.Line.Commands(ctx, func(e []byte) {
+			return u.listen(ctx, c, func(e []byte) {
 				select {
 				case commands <- bytes.Clone(e):
 				default:

@@ -137,6 +137,7 @@ type Store struct {
 	stats   StoreStats
 	oldest  time.Time // when the oldest pending was put; zero: none is
 	command commandFile
+	ownPlan []byte // the fall-back plan; guarded by mu
 }
 
 // class is 0 for frames without events, 1 for those with.
@@ -230,7 +231,78 @@ func OpenStore(c StoreConfig) (*Store, error) {
 	if err := s.command.open(filepath.Join(c.Dir, "command")); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
+	// What cannot be read is as none: the unit has its filed plan.
+	switch b, err := os.ReadFile(filepath.Join(c.Dir, planFile)); {
+	case err == nil && len(b) <= MaxCommand:
+		s.ownPlan = b
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		s.log.Warn("the fall-back plan cannot be read", "path", c.Dir, "err", err)
+		s.stats.Errors++
+	}
 	return s, nil
+}
+
+// Fallback is the fall-back plan that was kept last, for [Config]; nil where there
+// is none.
+func (s *Store) Fallback() []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ownPlan
+}
+
+// keepPlan makes a plan durable, in place of the one before.
+func (s *Store) keepPlan(envelope []byte) error {
+	s.io.Lock()
+	defer s.io.Unlock()
+	if s.cfg.Dir != "" {
+		if err := s.replace(filepath.Join(s.cfg.Dir, planFile), envelope); err != nil {
+			s.mu.Lock()
+			s.stats.Errors++
+			s.mu.Unlock()
+			return err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ownPlan = envelope
+	return nil
+}
+
+const planFile = "plan"
+
+// replace writes a file as a whole: after a crash there is the old content or
+// the new. What is left of an attempt is written over by the next.
+func (s *Store) replace(path string, b []byte) error {
+	tmp := path + ".new"
+	if err := s.hook("create", tmp); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	if err = s.hook("write", tmp); err == nil {
+		_, err = f.Write(b)
+	}
+	if err == nil {
+		if err = s.hook("sync", tmp); err == nil {
+			err = f.Sync()
+		}
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return err
+	}
+	if err := s.hook("syncdir", s.cfg.Dir); err != nil {
+		return err
+	}
+	d, err := os.Open(s.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // Close writes what waits in memory. Call it when Run has returned.

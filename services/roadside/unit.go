@@ -42,6 +42,10 @@ type Config struct {
 	// the boot could be replayed until it expires, if it rests on the frame of
 	// another device: [RuleBoot] refuses the rest.
 	LastCommand uint64
+	// Fallback is the signed fall-back plan that the unit was given before this
+	// boot, see [Store.Fallback]. One that is no longer in order is left aside, with
+	// a word in the log: the filed plan is run then. Optional.
+	Fallback []byte
 	// TripOnMaxRed makes the interlock trip, and not only count, when a group is
 	// red for longer than its maximum.
 	TripOnMaxRed bool
@@ -122,6 +126,10 @@ type Counters struct {
 	BadReceipts       uint64 `json:"bad_receipts"`
 	StatusErrors      uint64 `json:"status_errors"`
 	CommandsDropped   uint64 `json:"commands_dropped"`
+	// Plans are fall-back plans that were taken, PlansRefused those that were not;
+	// one that comes again is neither.
+	Plans        uint64 `json:"plans"`
+	PlansRefused uint64 `json:"plans_refused"`
 }
 
 // Unit is one junction's roadside unit. It may be used concurrently.
@@ -135,7 +143,9 @@ type Unit struct {
 	mu        sync.Mutex // guards everything below, and the driver
 	sequencer *timing.Sequencer
 	monitor   *interlock.Monitor
-	memory    timing.Memory // of the local controller
+	memory    timing.Memory     // of the local controller
+	fallback  *traffic.Fallback // nil: the filed plan
+	alone     *traffic.Junction // the junction with the plan that it runs alone
 	mode      traffic.Mode
 	boundary  bool   // the local plan decides, no change of stage was under way
 	seq       uint64 // of the newest command obeyed
@@ -203,6 +213,12 @@ func New(now time.Time, c Config) (*Unit, error) {
 		return nil, fmt.Errorf("roadside unit %s: %w", c.Device, err)
 	}
 	u.monitor.TripOnMaxRed(c.TripOnMaxRed)
+	u.alone = c.Junction
+	if len(c.Fallback) > 0 {
+		if err := u.keep(c.Fallback); err != nil {
+			u.log.Warn("the fall-back plan that was kept is not in order, running the filed one", "intersection", c.Junction.ID, "err", err)
+		}
+	}
 	u.sequencer = timing.NewSequencer(c.Junction, c.Rules, now)
 	u.shown = u.monitor.Shown()
 	if err := u.monitor.Resume(now, observed); err == nil {
@@ -313,7 +329,7 @@ func (u *Unit) decide(now time.Time) {
 	}
 	v := timing.Observe(u.cfg.Junction, nil)
 	v.Now, v.Signal = now, signal
-	m, d := u.local.Next(u.cfg.Junction, u.rules, u.memory, v)
+	m, d := u.local.Next(u.alone, u.rules, u.memory, v)
 	u.memory = m
 	if err := u.monitor.Accept(d.Stage); err != nil {
 		u.counters.Refused[RuleInterlock]++
@@ -455,7 +471,9 @@ type Status struct {
 	Device   traffic.DeviceID   `json:"device"`
 	Signal   traffic.Signal     `json:"signal"`
 	LastSeq  uint64             `json:"last_seq"` // newest command obeyed
-	Counters Counters           `json:"counters"`
+	// Fallback is the number of the plan that it would run alone, 0: the filed one.
+	Fallback uint64   `json:"fallback"`
+	Counters Counters `json:"counters"`
 	// Store has what waits to be sent; empty while the unit does not run.
 	Store StoreStats `json:"store"`
 }
@@ -475,6 +493,9 @@ func (u *Unit) Status(now time.Time) Status {
 	st := Status{Junction: u.cfg.Junction.ID, Device: u.cfg.Device, Signal: s, LastSeq: u.seq, Counters: u.count()}
 	if u.store != nil {
 		st.Store = u.store.Stats()
+	}
+	if u.fallback != nil {
+		st.Fallback = u.fallback.Seq
 	}
 	return st
 }

@@ -25,6 +25,8 @@ type healthState struct {
 	// height is the newest block that was observed. Those up to it are not
 	// observed again: a restart goes through some of them twice.
 	height, restored ledger.Height
+	// fallback rests on who has failed.
+	fallback fallbackState
 }
 
 // Observe judges the detectors by the accepted frames of a block without deciding

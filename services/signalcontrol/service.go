@@ -67,6 +67,9 @@ type Counters struct {
 	Health       atomic.Uint64 // words on detectors' health
 	HealthSealed atomic.Uint64 // of them, those that ingest has stored
 	HealthLost   atomic.Uint64 // of them, those that can never be sealed
+
+	Plans       atomic.Uint64 // fall-back plans
+	PlansSealed atomic.Uint64 // of them, those that ingest has stored
 }
 
 // Service is signal-control.
@@ -244,6 +247,7 @@ func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Reg
 		s.lastDecision.Store(now.UnixNano())
 	}
 	s.health(ctx, reg) // after the commands: those are in a hurry
+	s.plans(ctx, b.Header.Height, frames, reg)
 	return nil
 }
 

@@ -399,6 +399,8 @@ func Candidate(raw, salt []byte) validate.Candidate {
 		c.Import, c.Err = DecodeImport(e.ContentType, e.Payload)
 	case identity.KindHealth:
 		c.Health, c.Err = DecodeHealth(e.ContentType, e.Payload)
+	case identity.KindPlan:
+		c.Plan, c.Err = DecodeFallback(e.ContentType, e.Payload)
 	case identity.KindAccess:
 		c.Access, c.Err = DecodeAccess(e.ContentType, e.Payload)
 	case identity.KindRequest:
