@@ -60,9 +60,9 @@ func (tc benchCase) String() string {
 }
 
 const (
-	benchWarm = 500 * time.Millisecond
-	benchRun  = 3 * time.Second // with the warming
-	benchBare = time.Second     // with the warming, twice
+	benchWarm = 400 * time.Millisecond
+	benchRun  = 2500 * time.Millisecond // with the warming
+	benchBare = time.Second             // with the warming, twice
 )
 
 func (tc benchCase) run(b *testing.B) {
