@@ -61,6 +61,11 @@ type Problem struct {
 	// Kind of the record, where it can still be read.
 	Kind identity.RecordKind `json:"kind,omitempty"`
 	Rule string              `json:"rule"`
+	// Stray is set where a file does not belong, and nothing is missing without it.
+	Stray bool `json:"-"`
+	// Conflict is set where a checkpoint that can be read contradicts the blocks: one
+	// of both may be of a fork.
+	Conflict bool `json:"-"`
 }
 
 // where is the problem's place, without the rule.
@@ -108,9 +113,19 @@ type FsckReport struct {
 	Gone uint64 `json:"payloads_gone"`
 	// Signatures counts records whose signatures were checked.
 	Signatures uint64 `json:"signatures"`
+	// Absent are the leaves whose payloads are missing, or not what the leaves
+	// commit to, in rising order of their first.
+	Absent []LeafRange `json:"-"`
+	// Succession is the document succession.json as the blocks say, nil where they
+	// do not say it all.
+	Succession []byte `json:"-"`
 	// Trusted is set where a policy was given and not taken from the folder.
 	Trusted bool `json:"trusted_policy"`
 }
+
+// LeafRange is leaf indexes from First to Last, both included; not all of them
+// need be of records.
+type LeafRange struct{ First, Last uint64 }
 
 // ExitCode returns the code that a command ends with.
 func (r *FsckReport) ExitCode() int {

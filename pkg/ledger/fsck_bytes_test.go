@@ -15,42 +15,6 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/ledger/segment"
 )
 
-// byClass lays the payloads of a folder out in one folder for each class, with a
-// segment for each few of them.
-func byClass(files map[string][]byte) map[string][]byte {
-	out := map[string][]byte{}
-	next := map[string]uint64{}
-	name := map[string]string{}
-	for _, k := range slices.Sorted(maps.Keys(files)) {
-		if !strings.HasPrefix(k, "payload/") {
-			out[k] = files[k]
-		}
-	}
-	_, err := segment.Walk(mapFS(files), "payload/record", 0, func(_ uint64, b []byte, _ string, _ int64) error {
-		p, err := ledger.ParsePayload(b)
-		if err != nil {
-			return err
-		}
-		e, err := identity.ParseEnvelope(p.Envelope)
-		if err != nil {
-			return err
-		}
-		class := map[identity.RecordKind]string{identity.KindFrame: "readings", identity.KindCommand: "control", identity.KindRegistry: "registry"}[e.Kind]
-		n := next[class]
-		if n%4 == 0 {
-			name[class] = "payload/" + class + "/" + segment.Name(n)
-			out[name[class]] = segment.AppendHeader(nil, n)
-		}
-		out[name[class]] = segment.AppendFrames(out[name[class]], n, b)
-		next[class]++
-		return nil
-	})
-	if err != nil {
-		panic(err)
-	}
-	return out
-}
-
 // small is a store with everything in it: payloads of three classes, a change of
 // the validators, several segments of each journal.
 func small(blocks int) *ledgertest.Chain {
@@ -141,7 +105,7 @@ func located(r ledger.FsckReport, name string, at int, fr []frame) string {
 // at a time: each change is found, and located: the file, the byte in a tile, the
 // record with its block, or its leaf, in a journal.
 func TestFsckLocatesEveryByte(t *testing.T) {
-	files := byClass(small(3).Folder(3))
+	files := ledgertest.ByClass(small(3).Folder(3))
 	if r := check(t, files, ledger.FsckOptions{}); !r.OK || len(r.Notes) != 1 {
 		t.Fatalf("before: %s", r.Text())
 	}
@@ -222,8 +186,8 @@ func TestFsckPolicyEveryBit(t *testing.T) {
 // file: each time something is found, and the file is named first.
 func TestFsckLocatesFiles(t *testing.T) {
 	c := small(11)
-	files := byClass(c.Folder(11))
-	old := byClass(small(7).Folder(7)) // the same store, some blocks ago
+	files := ledgertest.ByClass(c.Folder(11))
+	old := ledgertest.ByClass(small(7).Folder(7)) // the same store, some blocks ago
 	if r := check(t, files, ledger.FsckOptions{}); !r.OK {
 		t.Fatalf("before: %s", r.Text())
 	}
@@ -349,7 +313,7 @@ func TestFsckLocatesFiles(t *testing.T) {
 // TestFsckLocatesRecords rewrites journals with two records swapped, each frame
 // right in itself.
 func TestFsckLocatesRecords(t *testing.T) {
-	files := byClass(small(11).Folder(11))
+	files := ledgertest.ByClass(small(11).Folder(11))
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if !strings.HasSuffix(name, ".seg") {
 			continue

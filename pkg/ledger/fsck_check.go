@@ -283,7 +283,7 @@ func (c *Checker) openPayloads() error {
 			continue // what is being replaced; nothing of it counts
 		}
 		if !e.IsDir() {
-			c.tell(Problem{File: name, Rule: "does not belong here"})
+			c.tell(Problem{File: name, Rule: "does not belong here", Stray: true})
 			continue
 		}
 		kept := slices.Contains(neverPurged, e.Name())
@@ -478,6 +478,11 @@ func (c *Checker) slots(p *Piece, it *item) error {
 
 // missing notes that there is no payload for a leaf.
 func (c *Checker) missing(p *Piece, it *item, leaf uint64) {
+	if n := len(p.absent); n > 0 && p.absent[n-1].Last+1 == leaf {
+		p.absent[n-1].Last = leaf
+	} else {
+		p.absent = append(p.absent, LeafRange{leaf, leaf})
+	}
 	if c.run != nil && c.run.last+1 == leaf {
 		c.run.last = leaf
 		return
@@ -527,7 +532,7 @@ func (c *Checker) whence() (where Problem, at *hole) {
 		where.Rule += "a payload that should follow is not there"
 	case len(c.payloads) == 1 && c.payloads[0].now != nil:
 		r := c.payloads[0].now
-		where = Problem{File: r.file, Offset: &r.offset, Record: &r.n, Rule: "a payload is missing that should be before"}
+		where = Problem{File: r.file, Offset: &r.offset, Rule: "a payload is missing that should be before"}
 	}
 	return where, nil
 }
@@ -710,6 +715,9 @@ func (c *Checker) take(p *Piece, it *item) {
 	}
 	c.parent, c.parentHash, c.linked, c.height, c.size = &h, it.hash, true, h.Height, h.Size
 	c.taken = append(c.taken, it.bad...)
+	for _, b := range it.bad {
+		p.absent = append(p.absent, LeafRange{*b.Leaf, *b.Leaf})
+	}
 	c.records(p, it)
 	c.checkpoints(p, h.Checkpoint(c.genesis.Origin), h.Height)
 	p.height, p.size = h.Height, h.Size
@@ -1056,7 +1064,7 @@ func (c *Checker) checkpoints(p *Piece, at Checkpoint, height Height) {
 	if h.next != nil && h.next.Height == height {
 		if cp, err := unverified(h.next.Note); err != nil || cp != at {
 			q := h.r.problem("is not the log after block %d", height)
-			q.Height = &height
+			q.Height, q.Conflict = &height, true
 			c.bad(q)
 		} else {
 			c.seal(p, h.next)
@@ -1098,6 +1106,7 @@ func (c *Checker) Report(p *Piece) (more bool) {
 	c.r.Payloads += p.payloadsOK
 	c.r.Gone += p.gone
 	c.r.Signatures += p.signatures
+	c.r.Absent = append(c.r.Absent, p.absent...)
 	c.unsigned += p.unsigned
 	c.unvoted += p.unvoted
 	c.unmet += p.unmet
@@ -1340,7 +1349,7 @@ func (c *Checker) names() error {
 	}
 	for _, e := range es {
 		if !slices.Contains(logNames, e.Name()) {
-			c.tell(Problem{File: "log/" + e.Name(), Rule: "does not belong here"})
+			c.tell(Problem{File: "log/" + e.Name(), Rule: "does not belong here", Stray: true})
 		}
 	}
 	if c.tree == nil {
@@ -1359,9 +1368,9 @@ func (c *Checker) names() error {
 		id, err := ParseTilePath(strings.TrimPrefix(name, "log/"))
 		switch {
 		case err != nil:
-			c.tell(Problem{File: name, Rule: "is not the name of a tile"})
+			c.tell(Problem{File: name, Rule: "is not the name of a tile", Stray: true})
 		case max(c.tree.size, c.history.size)>>(TileHeight*max(id.Level, 0)) < id.N*TileWidth+uint64(id.Width):
-			c.tell(Problem{File: name, Rule: "is of a log that the block journal does not reach"})
+			c.tell(Problem{File: name, Rule: "is of a log that the block journal does not reach", Stray: true})
 		}
 		if c.full {
 			return fs.SkipAll
@@ -1407,6 +1416,9 @@ func (c *Checker) endSuccession() {
 	sets := c.succession.Sets()[1:]
 	if errors.Is(err, fs.ErrNotExist) && len(sets) == 0 {
 		return
+	}
+	if c.sure {
+		c.r.Succession = MarshalSuccession(c.succession)
 	}
 	if err != nil {
 		c.tell(Problem{File: fsckSuccession, Rule: fmt.Sprintf("cannot be read: %v", err)})
@@ -1476,6 +1488,9 @@ func MarshalSuccession(s *Succession) []byte {
 }
 
 func marshalSets(list []succeeded) []byte {
+	if len(list) == 0 {
+		list = nil
+	}
 	b, err := json.MarshalIndent(list, "", "  ")
 	if err != nil {
 		panic(fmt.Sprintf("ledger: succession: %v", err)) // unreachable: plain data

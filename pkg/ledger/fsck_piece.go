@@ -32,6 +32,7 @@ type Piece struct {
 	before   []Problem // found while reading
 	taken    []Problem // found by Take
 	problems []Problem // found by Verify
+	absent   []LeafRange
 	// What is left to compare after Take.
 	tiles []tileJob
 	notes []noteJob
@@ -217,9 +218,13 @@ func kindOf(b []byte) identity.RecordKind {
 	return e.Kind
 }
 
-// isRegistry reports whether an envelope is of a registry record.
+// isRegistry reports whether an envelope is of a record that changes the registry.
+// Its first field is the kind.
 func isRegistry(envelope []byte) bool {
-	return bytes.HasPrefix(envelope, append([]byte{1<<3 | 2, byte(len(identity.KindRegistry))}, identity.KindRegistry...))
+	if len(envelope) < 2 || envelope[0] != 1<<3|2 || len(envelope) < 2+int(envelope[1]) {
+		return false
+	}
+	return identity.RecordKind(envelope[2 : 2+int(envelope[1])]).ChangesRegistry()
 }
 
 // Verify does what was left: devices' signatures, checkpoints' and tiles. It may

@@ -77,7 +77,7 @@ func openStream(fsys fs.FS, dir string, floor bool) (*stream, error) {
 	for _, e := range es {
 		first, ok := segment.ParseName(e.Name())
 		if !ok || e.IsDir() {
-			s.strange = append(s.strange, Problem{File: dir + "/" + e.Name(), Rule: "does not belong here: it is no segment"})
+			s.strange = append(s.strange, Problem{File: dir + "/" + e.Name(), Rule: "does not belong here: it is no segment", Stray: true})
 			continue
 		}
 		size := int64(0)
@@ -163,6 +163,10 @@ func (s *stream) open() (more bool, err error) {
 	s.name, s.limit = s.dir+"/"+segment.Name(first), math.MaxUint64
 	if s.at+1 < len(s.firsts) {
 		s.limit = s.firsts[s.at+1]
+	}
+	if first < s.next {
+		at := int64(0)
+		s.lose(first, first, Problem{File: s.name, Offset: &at, Rule: fmt.Sprintf("begins with record %d, which the segment before has; record %d is due", first, s.next)})
 	}
 	if first > s.next {
 		s.lose(s.next, first, Problem{File: s.dir + "/" + segment.Name(s.next), Rule: "is missing"})
@@ -324,4 +328,26 @@ func (s *stream) place() Problem {
 	}
 	p.Rule = fmt.Sprintf("it is cut here, or %s/%s is missing: ", s.dir, segment.Name(n))
 	return p
+}
+
+// Salvage hands out what can be read of a journal, however damaged it is, with the
+// file that each record is in, and returns the number of the record after the
+// last. Nothing else is checked. It stops with f's error.
+func Salvage(fsys fs.FS, dir string, f func(n uint64, rec []byte, file string) error) (next uint64, err error) {
+	s, err := openStream(fsys, dir, true)
+	if err != nil {
+		return 0, err
+	}
+	for {
+		r, ok, err := s.record()
+		if ok {
+			err = f(r.n, r.data, r.file)
+		}
+		if !ok || err != nil {
+			if s.file != nil {
+				s.close()
+			}
+			return s.next, err
+		}
+	}
 }

@@ -1,6 +1,13 @@
 package ledgertest
 
 import (
+	"io/fs"
+	"maps"
+	"slices"
+	"strings"
+	"testing/fstest"
+
+	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/ledger/segment"
 )
@@ -77,4 +84,39 @@ func (c *Chain) succession() []byte {
 		return nil
 	}
 	return ledger.MarshalSuccession(s)
+}
+
+// MapFS makes a file system of a folder.
+func MapFS(files map[string][]byte) fs.FS {
+	m := fstest.MapFS{}
+	for name, b := range files {
+		m[name] = &fstest.MapFile{Data: b}
+	}
+	return m
+}
+
+// ByClass returns a folder with its payloads in one store for each class, as
+// sealing writes them.
+func ByClass(files map[string][]byte) map[string][]byte {
+	classes := map[identity.RecordKind]string{identity.KindFrame: "readings", identity.KindImport: "readings", identity.KindCommand: "control", identity.KindRegistry: "registry"}
+	out := map[string][]byte{}
+	next, name := map[string]uint64{}, map[string]string{}
+	for _, k := range slices.Sorted(maps.Keys(files)) {
+		if !strings.HasPrefix(k, "payload/") {
+			out[k] = files[k]
+		}
+	}
+	must(segment.Walk(MapFS(files), "payload/record", 0, func(_ uint64, b []byte, _ string, _ int64) error {
+		e := must(identity.ParseEnvelope(must(ledger.ParsePayload(b)).Envelope))
+		class := classes[e.Kind]
+		n := next[class]
+		if n%SegmentRecords == 0 {
+			name[class] = "payload/" + class + "/" + segment.Name(n)
+			out[name[class]] = segment.AppendHeader(nil, n)
+		}
+		out[name[class]] = segment.AppendFrames(out[name[class]], n, b)
+		next[class]++
+		return nil
+	}))
+	return out
 }
