@@ -159,8 +159,8 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		for _, k := range []string{"access", "request", "override", "registry"} {
 			p.publish(sub(d, "in", k, GatewayUser))
 		}
-		p.reader(AccessStream)
-		p.acknowledge(AccessStream, "*")
+		p.durable(AccessStream, GatewayUser, Access(d, GatewayUser))
+		p.api("STREAM.MSG.GET." + AccessStream) // its last epoch
 	case EdgeUser:
 		p.follower(d)
 	case StreetUser:
