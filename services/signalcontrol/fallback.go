@@ -90,7 +90,7 @@ func (s *Service) plans(ctx context.Context, height ledger.Height, frames []*tra
 		holder, ok := reg.Holder(identity.IDOf(s.cfg.Key.Public().(ed25519.PublicKey)))
 		if !ok || !holder.May(identity.KindPlan) {
 			if f.maySay {
-				s.log.Warn("no fall-back plans are filed: the registry does not let signal-control sign them")
+				s.log.Warn("no fall-back plans: signal-control may not sign them, by the registry")
 			}
 			f.maySay = false
 			return
