@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -72,6 +73,8 @@ type RecordReport struct {
 	// LetGo is set of a tombstone: that there was a record is proven, and nothing
 	// of what it said.
 	LetGo bool `json:"let_go,omitempty"`
+	// RedactedBy is the record in the bundle that redacted it, if it is there.
+	RedactedBy *uint64 `json:"redacted_by,omitempty"`
 }
 
 // SignerReport is one signature on the checkpoint by a key of the policy.
@@ -205,6 +208,7 @@ func (v *verifier) run(raw []byte) error {
 	if used != len(v.b.Records) {
 		return &Finding{Reason: "blocks: overlap"}
 	}
+	v.tombstones()
 	if err := v.unbroken(); err != nil {
 		return err
 	}
@@ -341,7 +345,7 @@ func (v *verifier) record(r *BundleRecord, k *BundleBlock, entries map[int64]ide
 	if err != nil {
 		return 0, err
 	}
-	at, entry, key, err := signer(entries, e.Key)
+	at, entry, key, err := signer(entries, e)
 	if err != nil {
 		return 0, err
 	}
@@ -383,6 +387,47 @@ func (v *verifier) doubt(line string) {
 const tombstone = "a record whose content was let go; only its place in the log is left"
 
 const lettingGo = "why a record's content was let go, unless a redaction or a receipt of deletion is among the records"
+
+// tombstones says of records that were let go of why, where a redaction of them is
+// among the records: it was verified like any other.
+func (v *verifier) tombstones() {
+	for i := range v.r.Records {
+		t := &v.r.Records[i]
+		if !t.LetGo {
+			continue
+		}
+		of := slices.IndexFunc(v.b.Records, func(r BundleRecord) bool { return r.Index == t.Index })
+		for k := range v.b.Records {
+			r := &v.b.Records[k]
+			if basis, ok := redaction(r, v.b.Records[of]); ok {
+				t.Claims.Summary = fmt.Sprintf("a record that was redacted by record %d, legal basis %q; only its place in the log is left", r.Index, basis)
+				t.RedactedBy = &r.Index
+			}
+		}
+	}
+}
+
+// redaction reports whether a record redacts another, later than it, by index and
+// commitment, and the legal basis that it names.
+func redaction(r *BundleRecord, of BundleRecord) (basis string, ok bool) {
+	e, err := identity.ParseEnvelope(r.Envelope)
+	if err != nil || e.Kind != identity.KindRedaction || r.Index <= of.Index {
+		return "", false
+	}
+	f, ok := readFields(e)
+	if !ok || f.text(4, "id") != strconv.FormatUint(of.Index, 10) || f.text(2, "action") != string(identity.Put) {
+		return "", false
+	}
+	body := []byte(f.text(5, "body"))
+	if f.json != nil {
+		body = f.raw("body") // of identity.Change: the document itself
+	}
+	var d identity.Redaction
+	if json.Unmarshal(body, &d) != nil || !bytes.Equal(d.Commitment, of.Tombstone.Commitment[:]) {
+		return "", false
+	}
+	return d.Basis, true
+}
 
 // claimed says what stretches prove.
 func claimed(us []Unbroken) []string {
@@ -475,13 +520,19 @@ func unproven(k identity.RecordKind) []string {
 	return nil
 }
 
-// signer finds the entry that holds a key.
-func signer(entries map[int64]identity.Entry, id identity.KeyID) (int64, identity.Entry, ed25519.PublicKey, error) {
+// signer finds the entry that holds the key of an envelope.
+func signer(entries map[int64]identity.Entry, of identity.Envelope) (int64, identity.Entry, ed25519.PublicKey, error) {
+	id := of.Key
 	for at, e := range entries {
-		if e.Type == identity.TypeValidator {
-			continue // validators sign votes and cosignatures, never records
+		if e.Type == identity.TypeValidator && of.Kind != identity.KindDeletion {
+			continue // of records, validators sign receipts alone
 		}
 		keys, err := e.Keys()
+		if e.Type == identity.TypeValidator {
+			var v identity.Validator
+			err = json.Unmarshal(e.Body, &v)
+			keys = []ed25519.PublicKey{ed25519.PublicKey(v.VoteKey)}
+		}
 		if err != nil {
 			return 0, identity.Entry{}, nil, fmt.Errorf("registry entry %d: %w", at, err)
 		}

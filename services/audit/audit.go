@@ -99,8 +99,9 @@ type Service struct {
 	index   *index
 	watch   *watch
 
-	refreshing sync.Mutex // one refresh at a time; taken before files and mu
-	at         place      // up to where the index has come; guarded by refreshing
+	refreshing sync.Mutex    // one refresh at a time; taken before files and mu
+	at         place         // up to where the index has come; guarded by refreshing
+	reconciled ledger.Height // up to which what was let go of is out of it; guarded by refreshing
 
 	files           sync.RWMutex // guards what is open, not what is in it; taken before mu
 	payloads        *payload.Disk
@@ -476,7 +477,7 @@ func (s *Service) Rebuild(ctx context.Context) error {
 	if err := s.index.empty(ctx); err != nil {
 		return fmt.Errorf("audit: %w", err)
 	}
-	s.at = place{}
+	s.at, s.reconciled = place{}, 0
 	if err := s.reset(); err != nil {
 		return fmt.Errorf("audit: %w", err)
 	}

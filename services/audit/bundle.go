@@ -136,6 +136,16 @@ func (s *Service) ChainBundle(ctx context.Context, c *Chain) ([]byte, error) {
 }
 
 func (s *Service) bundle(ctx context.Context, unbroken []ledger.Unbroken, indexes []uint64) ([]byte, error) {
+	// Of what was redacted the redaction itself is shown, too.
+	for _, i := range indexes {
+		by, ok, err := s.index.redactionOf(ctx, i)
+		if err != nil {
+			return nil, fmt.Errorf("evidence: %w", err)
+		}
+		if _, size, err := s.index.blockOf(ctx, by); ok && err == nil && size < s.sealedSize() {
+			indexes = append(slices.Clip(indexes), by)
+		}
+	}
 	indexes = slices.Compact(slices.Sorted(slices.Values(indexes)))
 	if len(indexes) == 0 || len(indexes) > ledger.MaxBundleRecords {
 		return nil, kind.Errorf(kind.Invalid, "evidence: %d records, must be 1 to %d", len(indexes), ledger.MaxBundleRecords)

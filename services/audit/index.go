@@ -332,30 +332,72 @@ func (in *inserter) flush(ctx context.Context, d dialect, tx *sql.Tx) error {
 	return nil
 }
 
-// forget replaces what is known of records by their place and the state given,
-// overwrites what was deleted, and empties the write-ahead log, which holds it,
-// too.
-func (x *index) forget(ctx context.Context, state string, indexes []uint64) (err error) {
+// forgetAtOnce bounds one transaction of [index.forget].
+const forgetAtOnce = 20_000
+
+// forget replaces what is known of the records from first to last, of one class or
+// of all if class is empty, by their place and the state given. What was deleted is
+// overwritten; see also [index.truncateLog].
+func (x *index) forget(ctx context.Context, state, class string, first, last uint64) error {
+	for from := first; from <= last; from += forgetAtOnce {
+		if err := x.forgetSome(ctx, state, class, from, min(last, from+forgetAtOnce-1)); err != nil {
+			return err
+		}
+		if last-from < forgetAtOnce {
+			return nil
+		}
+	}
+	return nil
+}
+
+func (x *index) forgetSome(ctx context.Context, state, class string, first, last uint64) (err error) {
 	tx, err := x.w.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, rollback(tx)) }()
-	for _, i := range indexes {
-		for _, table := range []string{"command", "outcome", "matter"} {
-			if _, err := tx.ExecContext(ctx, x.d.sql("DELETE FROM "+table+" WHERE idx = ?"), int64(i)); err != nil {
-				return err
-			}
-		}
-		if _, err := tx.ExecContext(ctx, x.d.sql(`UPDATE record SET state = ?, kind = '', class = '', junction = NULL, device = NULL, signer = NULL,
-			boot = 0, seq = 0, rule = NULL, measured = (SELECT time FROM block WHERE block.height = record.height) WHERE idx = ?`), state, int64(i)); err != nil {
+	of, args := "idx >= ? AND idx <= ? AND kind <> 'registry' AND kind <> 'redaction' AND kind <> 'deletion'", []any{int64(first), int64(last)}
+	if class != "" {
+		of, args = of+" AND class = ?", append(args, class)
+	}
+	for _, table := range []string{"command", "outcome", "matter"} {
+		st := "DELETE FROM " + table + " WHERE idx >= ? AND idx <= ? AND idx IN (SELECT idx FROM record WHERE " + of + ")"
+		if _, err := tx.ExecContext(ctx, x.d.sql(st), append([]any{int64(first), int64(last)}, args...)...); err != nil {
 			return err
 		}
 	}
-	if err := tx.Commit(); err != nil {
+	st := `UPDATE record SET state = ?, kind = '', class = '', junction = NULL, device = NULL, signer = NULL, boot = 0, seq = 0, rule = NULL,
+		measured = (SELECT time FROM block WHERE block.height = record.height) WHERE ` + of
+	if _, err := tx.ExecContext(ctx, x.d.sql(st), append([]any{state}, args...)...); err != nil {
 		return err
 	}
-	return x.truncateLog(ctx)
+	return tx.Commit()
+}
+
+// reconciled is the height up to which everything that was let go of is out of the
+// index.
+func (x *index) reconciled(ctx context.Context) (ledger.Height, error) {
+	var h int64
+	err := x.w.QueryRowContext(ctx, "SELECT height FROM reconciled").Scan(&h)
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, nil
+	}
+	return ledger.Height(h), err
+}
+
+func (x *index) setReconciled(ctx context.Context, h ledger.Height) (err error) {
+	tx, err := x.w.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, rollback(tx)) }()
+	if _, err := tx.ExecContext(ctx, "DELETE FROM reconciled"); err != nil {
+		return err
+	}
+	if _, err := tx.ExecContext(ctx, x.d.sql("INSERT INTO reconciled (height) VALUES (?)"), int64(h)); err != nil {
+		return err
+	}
+	return tx.Commit()
 }
 
 // empty removes everything, in one transaction.
@@ -365,7 +407,7 @@ func (x *index) empty(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, rollback(tx)) }()
-	for _, table := range []string{"block", "record", "command", "outcome", "matter"} {
+	for _, table := range []string{"block", "record", "command", "outcome", "matter", "reconciled"} {
 		if _, err := tx.ExecContext(ctx, "DELETE FROM "+table); err != nil {
 			return err
 		}

@@ -2,9 +2,9 @@ package audit
 
 import (
 	"bytes"
-	"context"
 	"database/sql"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -426,7 +426,7 @@ func TestForget(t *testing.T) {
 		t.Fatal("the reason is not in the index to begin with")
 	}
 	i := s.leaf(t, "frame", 5) // reports the fourth command
-	if err := s.index.forget(context.Background(), Redacted, []uint64{i}); err != nil {
+	if err := errors.Join(s.index.forget(t.Context(), Redacted, "", i, i), s.index.truncateLog(t.Context())); err != nil {
 		t.Fatal(err)
 	}
 	if holds() {

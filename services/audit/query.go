@@ -396,10 +396,10 @@ func (x *index) blockOf(ctx context.Context, leaf uint64) (h ledger.Height, size
 	return ledger.Height(hh), uint64(ss), err
 }
 
-// registryRecords lists the registry's records, by index.
+// registryRecords lists the records that changed the registry, by index.
 func (x *index) registryRecords(ctx context.Context) (out []Record, err error) {
-	st := "SELECT " + columns + " FROM record r" + others + " WHERE r.kind = ? AND r.kind <> 'frame' AND r.kind <> 'command' ORDER BY r.idx"
-	err = x.each(ctx, st, []any{string(identity.KindRegistry)}, 0, func(r Record) { out = append(out, r) })
+	st := "SELECT " + columns + " FROM record r" + others + " WHERE r.kind IN (?, ?) AND r.kind <> 'frame' AND r.kind <> 'command' ORDER BY r.idx"
+	err = x.each(ctx, st, []any{string(identity.KindRegistry), string(identity.KindRedaction)}, 0, func(r Record) { out = append(out, r) })
 	return out, err
 }
 
@@ -464,4 +464,17 @@ func (x *index) frames(ctx context.Context, d traffic.DeviceID, boot, from, to u
 		out = append(out, uint64(i))
 	}
 	return out, rows.Err()
+}
+
+// receipts lists the records of deletions in blocks after one.
+func (x *index) receipts(ctx context.Context, after ledger.Height) (out []Record, err error) {
+	st := "SELECT " + columns + " FROM record r" + others + " WHERE r.kind = ? AND r.kind <> 'frame' AND r.kind <> 'command' AND r.height > ? ORDER BY r.idx"
+	err = x.each(ctx, st, []any{string(identity.KindDeletion), int64(after)}, 0, func(r Record) { out = append(out, r) })
+	return out, err
+}
+
+// redactionOf returns the leaf of the record by which another was redacted.
+func (x *index) redactionOf(ctx context.Context, leaf uint64) (uint64, bool, error) {
+	r, ok, err := x.one(ctx, 0, "record k WHERE k.kind = ? AND k.kind <> 'frame' AND k.kind <> 'command' AND k.seq = ?", "k.idx", string(identity.KindRedaction), int64(leaf))
+	return r.Index, ok, err
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -57,7 +58,37 @@ func rowOf(p *ledger.Payload, class retention.Class, block time.Time, reg *ident
 			r.junction = traffic.JunctionID(c.Change.ID)
 		case identity.TypeDevice:
 			r.device = traffic.DeviceID(c.Change.ID)
+		case identity.TypeRedaction: // by the number of what it redacts
+			if n, err := strconv.ParseUint(c.Change.ID, 10, 63); err == nil {
+				r.seq = n
+			}
+		case identity.TypeHold:
+			var h identity.Hold
+			if json.Unmarshal(c.Change.Body, &h) == nil { // one that is lifted has no body
+				r.who, r.caseName = h.By, h.Case
+			}
 		}
+	case c.Deletion != nil:
+		r.rule = c.Deletion.Reason
+		at(time.UnixMilli(c.Deletion.AtUnixMS).UTC())
+	case c.Access != nil:
+		a := c.Access
+		r.boot, r.seq, r.rule = a.Turn.Epoch, a.Turn.Seq, a.Method
+		r.who, r.caseName = agent(a.By), a.Case
+		at(a.Time)
+	case c.Request != nil:
+		q := c.Request
+		r.boot, r.seq, r.rule = q.Turn.Epoch, q.Turn.Seq, "request "+q.ID
+		r.who, r.caseName = agent(q.By), q.Case
+		if len(q.Stops) > 0 {
+			r.junction = q.Stops[0].Junction
+		}
+		at(q.Time)
+	case c.Override != nil:
+		o := c.Override
+		r.junction, r.boot, r.seq, r.rule = o.Junction, o.Turn.Epoch, o.Turn.Seq, string(o.Action)
+		r.who = agent(o.By)
+		at(o.Time)
 	default:
 		d := ledger.Describe(e)
 		r.junction, r.device, r.seq = traffic.JunctionID(d.Junction), traffic.DeviceID(d.Device), d.Seq
@@ -67,6 +98,14 @@ func rowOf(p *ledger.Payload, class retention.Class, block time.Time, reg *ident
 		r.who, r.caseName = matterOf(e)
 	}
 	return r, e, nil
+}
+
+// agent is who asked, as the index has it.
+func agent(a traffic.Agent) string {
+	if a.Name == "" {
+		return a.Agency
+	}
+	return a.Agency + "/" + a.Name
 }
 
 // matterOf reads who asked, and for which case, of records that people cause and
@@ -260,7 +299,7 @@ func (t *taking) block(genesis ledger.Hash, d *ledger.Decided, have map[uint64]e
 			return b, err
 		}
 		b.rows = append(b.rows, r)
-		if e.Kind != identity.KindRegistry {
+		if !e.Kind.ChangesRegistry() {
 			continue
 		}
 		ch, err := wire.DecodeChange(e.ContentType, e.Payload)
@@ -283,6 +322,3 @@ func (t *taking) block(genesis ledger.Hash, d *ledger.Decided, have map[uint64]e
 	t.at = place{h.Height, h.Size, b.hash}
 	return b, nil
 }
-
-// reconcile takes what was let go of since out of the index.
-func (s *Service) reconcile(context.Context) error { return nil }

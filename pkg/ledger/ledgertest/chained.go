@@ -1,9 +1,11 @@
 package ledgertest
 
 import (
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -70,4 +72,43 @@ func (d *District) CommandOn(seq, height, boot, frame uint64, at time.Time) Reco
 	key := field(field(field(nil, 1, Device), 2, boot), 3, frame)
 	b := append(binary.AppendUvarint(nil, 5<<3|2), byte(len(key)))
 	return NewRecord(d.ControlKey, identity.KindCommand, identity.Protobuf, append(append(b, key...), r.Payload...))
+}
+
+// Names of who [Chain.Keepers] files.
+const (
+	Police  = "official-police"
+	Sealing = "sealing"
+)
+
+func (d *District) keeperKey(id string) ed25519.PrivateKey { return key(Rand(string(d.ID) + " " + id)) }
+
+// Keepers returns the changes that file an official of another department than the
+// registrar's, the service that gives receipts of deletion, and the governance by
+// which redactions are possible from a height on.
+func (d *District) Keepers(nonce, from uint64) []Record {
+	official := identity.Official{Key: public(d.keeperKey(Police)), Department: "police", Roles: []string{identity.Registrar}}
+	rules := identity.Governance{Version: 1, Default: identity.Need{Role: identity.Registrar, Officials: 1, Departments: 1},
+		Rules: []identity.Rule{{Type: identity.TypeRedaction, Need: identity.Need{Role: identity.Registrar, Officials: 2, Departments: 2}}}}
+	service := identity.Service{Key: public(d.keeperKey(Sealing)), Signs: []identity.RecordKind{identity.KindDeletion}}
+	return []Record{
+		d.Change(identity.Change{Action: identity.Put, Type: identity.TypeOfficial, ID: Police, Body: must(json.Marshal(official)), Nonce: nonce}),
+		d.Change(identity.Change{Action: identity.Put, Type: identity.TypeService, ID: Sealing, Body: must(json.Marshal(service)), Nonce: nonce + 1}),
+		d.Change(identity.Change{Action: identity.Put, Type: identity.TypeGovernance, ID: identity.GovernanceID, Body: must(json.Marshal(rules)), Nonce: nonce + 2}),
+		d.Change(identity.Change{Action: identity.Put, Type: identity.TypeFeature, ID: identity.FeatureRetention, Body: must(json.Marshal(identity.Feature{From: from})), Nonce: nonce + 3}),
+	}
+}
+
+// Redact returns a redaction of the leaf with an index by two officials; see
+// [District.Keepers].
+func (c *Chain) Redact(index uint64, leaf [32]byte, nonce uint64) Record {
+	body := must(json.Marshal(identity.Redaction{Commitment: leaf[:], Basis: "court-order"}))
+	ch := identity.Change{District: c.ID, Action: identity.Put, Type: identity.TypeRedaction, ID: fmt.Sprint(index), Body: body, Nonce: nonce}
+	ch.Base = c.Registry.Base(ch.Type, ch.ID)
+	ch.Approvals = []identity.Approval{must(identity.Approve(c.keeperKey(Police), ch))}
+	return NewRecord(c.Registrar, identity.KindRedaction, identity.JSON, must(ch.Marshal()))
+}
+
+// Receipt returns a receipt of deletion, by the service of [District.Keepers].
+func (d *District) Receipt(payload []byte) Record {
+	return NewRecord(d.keeperKey(Sealing), identity.KindDeletion, identity.JSON, payload)
 }

@@ -74,3 +74,9 @@ CREATE TABLE matter (
 );
 CREATE INDEX matter_requester ON matter (requester, measured, idx) WHERE requester IS NOT NULL;
 CREATE INDEX matter_case ON matter (case_number, measured, idx) WHERE case_number IS NOT NULL;
+
+-- Up to which block everything that redactions and receipts of deletion name is
+-- out of the index: one row, or none.
+CREATE TABLE reconciled (
+	height {int} NOT NULL
+);
