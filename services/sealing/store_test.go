@@ -320,9 +320,9 @@ func TestCrashAtEveryOperation(t *testing.T) {
 		return final(tree(t, dir), s.State().SealedSize)
 	}()
 	boom := errors.New("boom")
-	step := 1
+	step := 3
 	if testing.Short() {
-		step = 17
+		step = 29
 	}
 	for stop := 1; ; stop += step {
 		dir := t.TempDir()
@@ -374,9 +374,25 @@ func TestCrashAtEveryOperation(t *testing.T) {
 // and that all its entries and payloads can be read.
 func checkCovered(t *testing.T, d *ledgertest.District, dir string) {
 	t.Helper()
+	if !checkSealed(t, d, dir) {
+		return
+	}
+	p, err := ledger.ParsePolicy(d.Policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := ledger.Fsck(t.Context(), os.DirFS(dir), ledger.FsckOptions{Policy: p}); err != nil || !rep.OK {
+		t.Fatalf("fsck: %v\n%s", err, rep.Text())
+	}
+}
+
+// checkSealed is checkCovered without fsck, for a folder that was not opened again:
+// what a cut has left at the ends of journals is for the next start to put right.
+func checkSealed(t *testing.T, d *ledgertest.District, dir string) (sealed bool) {
+	t.Helper()
 	signed, err := os.ReadFile(filepath.Join(dir, "log", "checkpoint"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return
+		return false
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -385,31 +401,29 @@ func checkCovered(t *testing.T, d *ledgertest.District, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sealed, err := p.Open(signed)
+	cp, err := p.Open(signed)
 	if err != nil {
 		t.Fatal(err)
-	}
-	if rep, err := ledger.Fsck(t.Context(), os.DirFS(dir), ledger.FsckOptions{Policy: p}); err != nil || !rep.OK {
-		t.Fatalf("fsck: %v\n%s", err, rep.Text())
 	}
 	r := ledger.TileReaderFunc(func(id ledger.TileID) ([]byte, error) {
 		return os.ReadFile(filepath.Join(dir, "log", id.Path()))
 	})
-	for i := uint64(0); i < sealed.Size; i += 5 {
-		l, err := ledger.ReadLeaf(r, sealed.Size, i)
+	for i := uint64(0); i < cp.Size; i += 5 {
+		l, err := ledger.ReadLeaf(r, cp.Size, i)
 		if err != nil {
-			t.Fatalf("sealed at %d: leaf %d: %v", sealed.Size, i, err)
+			t.Fatalf("sealed at %d: leaf %d: %v", cp.Size, i, err)
 		}
 		if i%35 == 0 {
-			pr, err := ledger.Prove(r, sealed.Size, i)
+			pr, err := ledger.Prove(r, cp.Size, i)
 			if err == nil {
-				err = ledger.CheckInclusion(sealed.Checkpoint, i, l, pr)
+				err = ledger.CheckInclusion(cp.Checkpoint, i, l, pr)
 			}
 			if err != nil {
-				t.Fatalf("sealed at %d: leaf %d: %v", sealed.Size, i, err)
+				t.Fatalf("sealed at %d: leaf %d: %v", cp.Size, i, err)
 			}
 		}
 	}
+	return true
 }
 
 // TestStoreRefuses: what must not get into the log, or be taken for it.

@@ -159,20 +159,28 @@ func (d *Disk) folder(c retention.Class) (*seglog.Log, error) {
 	return l, nil
 }
 
-// mkdir makes one folder, durably.
+// mkdir makes one folder, durably: also where it is there, as a crash may have come
+// before its name was synced.
 func (d *Disk) mkdir(dir string) error {
-	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		if d.o.Hook != nil {
+			if err := d.o.Hook("create", dir); err != nil {
+				return err
+			}
+		}
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	} else if err != nil {
 		return err
 	}
+	parent := filepath.Dir(dir)
 	if d.o.Hook != nil {
-		if err := d.o.Hook("create", dir); err != nil {
+		if err := d.o.Hook("syncdir", parent); err != nil {
 			return err
 		}
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	f, err := os.Open(filepath.Dir(dir))
+	f, err := os.Open(parent)
 	if err != nil {
 		return err
 	}

@@ -80,9 +80,12 @@ func Open(dir string, o Options) (*Log, error) {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, err
 		}
-		if err := l.syncDir(filepath.Dir(dir)); err != nil {
-			return nil, err
-		}
+	} else if err != nil {
+		return nil, err
+	}
+	// Also where it was there: a crash may have come before this.
+	if err := l.syncDir(filepath.Dir(dir)); err != nil {
+		return nil, err
 	}
 	if err := l.load(); err != nil {
 		return nil, errors.Join(err, l.Close())
