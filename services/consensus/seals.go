@@ -53,6 +53,7 @@ type sealBook struct {
 	// accused are the keys against which there is proof: no more is needed.
 	accused map[string]bool
 	tokens  bucket
+	now     func() time.Time // [time.Now]; stands still in a test
 	scanned time.Time // when the log was last read for one note
 }
 
@@ -87,7 +88,7 @@ const (
 )
 
 func newSealBook(v *Validator) *sealBook {
-	return &sealBook{v: v, seen: map[ledger.Hash]bool{}, good: map[string]*cosignature{}, accused: map[string]bool{},
+	return &sealBook{v: v, seen: map[ledger.Hash]bool{}, good: map[string]*cosignature{}, accused: map[string]bool{}, now: time.Now,
 		tokens: bucket{rate: sealsRate, burst: sealsBurst}}
 }
 
@@ -155,7 +156,7 @@ func (s *sealBook) take(note []byte) {
 	if s.seen[id] {
 		return
 	}
-	if !s.tokens.take(time.Now(), 1) {
+	if !s.tokens.take(s.now(), 1) {
 		s.v.count.limited.Add(1)
 		return
 	}

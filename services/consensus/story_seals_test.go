@@ -203,7 +203,7 @@ func TestHonestCosignersAreNotAccused(t *testing.T) {
 	}
 	v := c.nodes[0].v
 	s := v.seals
-	last := ledger.Height(v.Stats().Height)
+	last := v.Stats().Height
 	cp2, note2 := c.cosigned(last-1, 1, 2, 3, 4)
 	cp4, note4 := c.cosigned(last, 1, 2, 3, 4)
 	lines := func(note []byte) string { _, l, _ := strings.Cut(string(note), "\n\n"); return l }
@@ -264,6 +264,10 @@ func TestHonestCosignersAreNotAccused(t *testing.T) {
 	if n != sealsOpenOne {
 		t.Errorf("kept %d checkpoints of validator 4, want %d", n, sealsOpenOne)
 	}
+	standing := time.Now()
+	s.mu.Lock()
+	s.now = func() time.Time { return standing }
+	s.mu.Unlock()
 	before := v.Stats().Limited
 	for i := range uint64(sealsBurst + 50) {
 		s.take(fmt.Appendf(nil, "junk %d", i))
