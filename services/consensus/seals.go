@@ -54,7 +54,7 @@ type sealBook struct {
 	accused map[string]bool
 	tokens  bucket
 	now     func() time.Time // [time.Now]; stands still in a test
-	scanned time.Time // when the log was last read for one note
+	scanned time.Time        // when the log was last read for one note
 }
 
 // cosignature is what one validator's key has vouched for.
