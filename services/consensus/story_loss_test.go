@@ -70,6 +70,9 @@ func TestSchedules(t *testing.T) {
 		seed, one = n, true
 	}
 	limit := 8 * time.Second
+	if slower > 1 {
+		limit = 5 * time.Second
+	}
 	if v := os.Getenv("STOPLINE_SCHEDULE_TIME"); v != "" {
 		d, err := time.ParseDuration(v)
 		if err != nil {
