@@ -40,11 +40,27 @@ type Bundle struct {
 	Policy []byte
 	// Blocks that hold the records, by height; every one holds at least one.
 	Blocks []BundleBlock
+	// Succession leads from the first validators to those who cosigned Checkpoint;
+	// nil where these are the same.
+	Succession *BundleSuccession
 	// Unbroken stretches of devices' frames that the bundle claims to hold whole, by
 	// device, boot epoch and sequence, each once.
 	Unbroken []Unbroken
 	// Records by leaf index.
 	Records []BundleRecord
+}
+
+// BundleSuccession lets somebody who pinned the policy of a district's first
+// validators verify what later ones have cosigned.
+type BundleSuccession struct {
+	// Genesis is the genesis document.
+	Genesis []byte
+	// Steps is a [SuccessionProof], as [SuccessionProof.Marshal] writes it.
+	Steps []byte
+	// Anchor is a checkpoint that the first validators have cosigned, Proof that the
+	// log's first leaf, under it, commits to the genesis document.
+	Anchor []byte
+	Proof  []tlog.Hash
 }
 
 // Unbroken is the claim that nothing which a device signed between two of its
@@ -102,6 +118,11 @@ func (b *Bundle) files() []zipFile {
 		{"policy", b.Policy},
 	}
 	add := func(name string, data []byte) { out = append(out, zipFile{name, data}) }
+	if n := b.Succession; n != nil {
+		add("succession/genesis", n.Genesis)
+		add("succession/steps", n.Steps)
+		add("succession/proof", FormatProof(0, n.Proof, n.Anchor))
+	}
 	if len(b.Unbroken) > 0 {
 		j, err := json.MarshalIndent(b.Unbroken, "", " ")
 		if err != nil {
@@ -244,6 +265,20 @@ func (b *Bundle) file(f zipFile) error {
 		return nil
 	case "unbroken.json":
 		return b.unbrokenFile(f.data)
+	case "succession/genesis":
+		b.Succession = &BundleSuccession{Genesis: f.data}
+		return nil
+	case "succession/steps", "succession/proof":
+		if b.Succession == nil {
+			return fmt.Errorf("the genesis document must come first")
+		}
+		if f.name == "succession/steps" {
+			b.Succession.Steps = f.data
+			return nil
+		}
+		var err error
+		_, b.Succession.Proof, b.Succession.Anchor, err = ParseProof(f.data)
+		return err
 	}
 	p := strings.Split(f.name, "/")
 	if len(p) < 3 {

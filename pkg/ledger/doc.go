@@ -87,6 +87,11 @@
 //	statement.txt                what the bundle says, for people; it follows from the other files
 //	checkpoint                   the sealed checkpoint
 //	policy                       whose signatures are needed, as the maker says: a hint only
+//	succession/genesis           only where the validators are not the first any more: the genesis
+//	                             document
+//	succession/steps             a [SuccessionProof], as its Marshal writes it
+//	succession/proof             tlog-proof of leaf 0, under a checkpoint that the first validators
+//	                             have cosigned
 //	unbroken.json                only where stretches of frames are claimed to be whole: a list of
 //	                             {"device", "boot_epoch", "from", "to"}, indented by one space, newline
 //	                             at the end, by device, boot epoch and from, each once, from < to
@@ -109,7 +114,11 @@
 //
 // To verify a bundle:
 //
-//  1. The checkpoint meets the policy that the verifier trusts.
+//  1. The checkpoint meets the policy that the verifier trusts. Or else, where there
+//     is a succession: the checkpoint of succession/proof does; under it leaf 0 is
+//     01 00 ‖ SHA-256(genesis document); the steps verify from that document on; and
+//     the checkpoint meets the policy of the set that they say was in force at its
+//     size, in which later validators have the place of the first.
 //  2. For each block, the leaf 01 00 ‖ SHA-256(header) is at index size(header) of
 //     the checkpoint's tree.
 //  3. Every registry excerpt leads to the header's registry hash. They are the

@@ -53,6 +53,9 @@ type Report struct {
 	NotBefore *time.Time `json:"logged_not_before,omitempty"`
 	// Fingerprints of the keys of the policy that was used, by name.
 	Fingerprints map[string]string `json:"fingerprints,omitempty"`
+	// Changes is how often the validators had changed, since those of the policy
+	// that was used, until they cosigned the checkpoint.
+	Changes int `json:"validator_changes,omitempty"`
 	// HintDiffers is set where the policy in the bundle is not the trusted one.
 	HintDiffers  bool     `json:"policy_hint_differs,omitempty"`
 	Proves       []string `json:"proves,omitempty"`
@@ -181,7 +184,12 @@ func (v *verifier) run(raw []byte) error {
 		v.r.HintDiffers = !maps.Equal(hint.Fingerprints(), v.trusted.Fingerprints())
 	}
 	v.r.Fingerprints = v.policy.Fingerprints()
-	if v.sealed, err = v.policy.Open(v.b.Checkpoint); err != nil {
+	v.sealed, err = v.policy.Open(v.b.Checkpoint)
+	if n := v.b.Succession; err != nil && n != nil {
+		if err := v.succeed(n); err != nil {
+			return err
+		}
+	} else if err != nil {
 		return &Finding{File: "checkpoint", Reason: err.Error()}
 	}
 	v.r.Origin, v.r.Size, v.r.Root = v.sealed.Origin, v.sealed.Size, hex.EncodeToString(v.sealed.Root[:])
@@ -213,6 +221,38 @@ func (v *verifier) run(raw []byte) error {
 		return err
 	}
 	v.signers(departments)
+	return nil
+}
+
+// succeed verifies the checkpoint under the policy of those validators who came
+// after the ones of the policy that is trusted: the anchor, which these cosigned,
+// says what genesis was, and from there each set names the next.
+func (v *verifier) succeed(n *BundleSuccession) error {
+	anchor, err := v.policy.Open(n.Anchor)
+	if err != nil {
+		return &Finding{File: "succession/proof", Reason: "neither this checkpoint nor the bundle's meets the policy: " + err.Error()}
+	}
+	genesis := Hash(sha256.Sum256(n.Genesis))
+	if err := CheckInclusion(anchor.Checkpoint, 0, Leaf{ClassHeader, genesis}, n.Proof); err != nil {
+		return &Finding{File: "succession/proof", Reason: "the genesis document is not the one that the log begins with: " + err.Error()}
+	}
+	steps, err := ParseSuccessionProof(n.Steps)
+	if err != nil {
+		return &Finding{File: "succession/steps", Reason: err.Error()}
+	}
+	line, err := steps.Verify(n.Genesis, v.policy)
+	if err != nil {
+		return &Finding{File: "succession/steps", Reason: err.Error()}
+	}
+	var now Council
+	if v.sealed, now, err = line.OpenNewest(v.b.Checkpoint); err != nil {
+		return &Finding{File: "checkpoint", Reason: err.Error()}
+	}
+	if v.sealed.Origin != anchor.Origin {
+		return &Finding{File: "checkpoint", Reason: "is of another log than the one that the succession is of"}
+	}
+	v.policy = now.Policy
+	v.r.Genesis, v.r.Changes = hex.EncodeToString(genesis[:]), len(steps.Steps)
 	return nil
 }
 
@@ -622,6 +662,9 @@ func (r *Report) Text() string {
 		fmt.Fprintf(&b, "existed no later than %s\n", r.ExistedBy.Format("2006-01-02 15:04:05 UTC"))
 	}
 	b.WriteString("logged not before: nothing here says\n")
+	if r.Changes > 0 {
+		fmt.Fprintf(&b, "the validators have changed %d times since those of your policy; each set named the next\n", r.Changes)
+	}
 	if r.HintDiffers {
 		b.WriteString("the policy in the bundle names other keys than yours; yours was used\n")
 	}

@@ -113,6 +113,51 @@ func (s *Service) unbroken(ctx context.Context, d traffic.DeviceID, indexes []ui
 	return u, between, nil
 }
 
+// lineage shows how the first validators were succeeded by others, as sealing has
+// kept it; nil where that cannot be shown. The caller
+// holds files.
+func (s *Service) lineage(to ledger.Council) (*ledger.BundleSuccession, error) {
+	s.mu.RLock()
+	sets := s.succession.Sets()
+	s.mu.RUnlock()
+	n, err := s.watch.search(sets[1].Since + 1)
+	if err != nil || n == s.history.First() {
+		return nil, err
+	}
+	at, err := s.watch.sealedAt(n - 1)
+	if err != nil {
+		return nil, err
+	}
+	anchor, err := sets[0].Policy.Open(at.Note)
+	if err != nil {
+		// The policy wants witnesses besides, who have not cosigned this one.
+		s.log.Warn("audit: bundles cannot show how the validators came to be", "err", err)
+		return nil, nil
+	}
+	out := &ledger.BundleSuccession{Genesis: s.c.GenesisJSON, Anchor: at.Note}
+	if out.Proof, err = ledger.Prove(ledger.TileReaderFunc(s.readTile), anchor.Size, 0); err != nil {
+		// The partial tiles of that size are gone; wider ones have the same hashes.
+		if out.Proof, err = ledger.Prove(wider{s}, anchor.Size, 0); err != nil {
+			return nil, err
+		}
+	}
+	doc, err := os.ReadFile(filepath.Join(s.c.Dir, "succession.json"))
+	if err != nil {
+		return nil, err
+	}
+	steps, err := ledger.ParseSuccessionProof(doc)
+	if err != nil {
+		// Where a record that made a set is gone, the file lists sets without proof.
+		s.log.Warn("audit: bundles cannot show how the validators came to be", "err", err)
+		return nil, nil
+	}
+	steps.Steps = slices.DeleteFunc(steps.Steps, func(st ledger.Step) bool { return st.Height() > to.Since })
+	if out.Steps, err = steps.Marshal(); err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // maxChainFrames bounds the stretch of frames in a chain's bundle.
 const maxChainFrames = 600
 
@@ -159,13 +204,16 @@ func (s *Service) bundle(ctx context.Context, unbroken []ledger.Unbroken, indexe
 		return nil, kind.Errorf(kind.Unavailable, "evidence: the data folder is being opened again; try again in a moment")
 	}
 	s.mu.RLock()
-	sealed, note, sealers := s.sealed, s.note, s.sealers
+	sealed, note, sealers, first := s.sealed, s.note, s.sealers, s.succession.Sets()[0].Policy
 	s.mu.RUnlock()
 	b := &ledger.Bundle{Checkpoint: note, Policy: s.c.Policy, Unbroken: unbroken}
 	if sealers.Since > 0 { // the hint is the policy that the checkpoint meets
 		var err error
 		if b.Policy, err = ledger.CouncilPolicy(s.genesis, sealers.Validators); err != nil {
 			return nil, err
+		}
+		if b.Succession, err = s.lineage(sealers); err != nil {
+			return nil, fmt.Errorf("evidence: succession: %w", err)
 		}
 	}
 	var block *ledger.Decided
@@ -254,6 +302,11 @@ func (s *Service) bundle(ctx context.Context, unbroken []ledger.Unbroken, indexe
 	// What does not verify here must not leave the house as evidence.
 	if _, err := ledger.VerifyBundle(raw, sealers.Policy); err != nil {
 		return nil, fmt.Errorf("evidence: the folder's content does not verify: %w", err)
+	}
+	if b.Succession != nil {
+		if _, err := ledger.VerifyBundle(raw, first); err != nil {
+			return nil, fmt.Errorf("evidence: the folder's content does not verify for those who pinned the first validators: %w", err)
+		}
 	}
 	return raw, nil
 }
