@@ -29,7 +29,7 @@ type validator struct {
 	mode atomic.Value // "": cosigns, "refuse", "forge", "other", "junk", "silent"
 }
 
-func serveCosign(t *testing.T, b *bus.Bus, c *ledgertest.Chain, i int, mode string) *validator {
+func serveCosign(t testing.TB, b *bus.Bus, c *ledgertest.Chain, i int, mode string) *validator {
 	t.Helper()
 	v := &validator{}
 	v.mode.Store(mode)
@@ -85,7 +85,7 @@ func serveCosign(t *testing.T, b *bus.Bus, c *ledgertest.Chain, i int, mode stri
 }
 
 // start runs a service until the returned function is called.
-func start(t *testing.T, c Config) (*Service, func()) {
+func start(t testing.TB, c Config) (*Service, func()) {
 	t.Helper()
 	s, err := New(c)
 	if err != nil {

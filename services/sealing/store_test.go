@@ -558,24 +558,3 @@ func TestCosignatureInterop(t *testing.T) {
 		t.Errorf("key: got %s, want %s", ours, theirs.Verifier())
 	}
 }
-
-// BenchmarkSeal journals and seals blocks of 256 records, one checkpoint a block.
-func BenchmarkSeal(b *testing.B) {
-	d := ledgertest.New("sealing", 4)
-	c := wide(d, 40, 256)
-	bs := blocks(b, c)
-	n := 0
-	for b.Loop() {
-		s := openStore(b, options(d, b.TempDir()))
-		for _, blk := range bs {
-			if err := s.Append(blk); err != nil {
-				b.Fatal(err)
-			}
-			if err := sealNow(s, c); err != nil {
-				b.Fatal(err)
-			}
-			n += 256
-		}
-	}
-	b.ReportMetric(float64(n)/b.Elapsed().Seconds(), "entries/s")
-}
