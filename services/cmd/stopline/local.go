@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
@@ -92,6 +93,11 @@ type localOptions struct {
 	external bool
 	// witnesses are asked to cosign, besides those of the policy.
 	witnesses []ledger.Witness
+	// keepEvery is how often holders look at what they have to let go of, and
+	// snapshotEvery after how many blocks validators write their state down; 0 is
+	// their default.
+	keepEvery     time.Duration
+	snapshotEvery int
 }
 
 // grpcOptions say where gateways come by gRPC, if at all, and with which TLS.
@@ -211,6 +217,7 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 		n, err := consensus.New(consensus.Config{
 			District: g.District, Number: v.Number, VoteKey: vote, CosignKey: cosign, Genesis: l.district.GenesisJSON,
 			Dir: filepath.Join(o.dir, fmt.Sprintf("validator-%d", v.Number)), Bus: b, Now: o.now, Logger: o.log.With("service", "consensus"),
+			KeepEvery: o.keepEvery, SnapshotEvery: o.snapshotEvery,
 		})
 		if err != nil {
 			return nil, err
@@ -233,7 +240,17 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	if b, err = l.connect("sealing"); err != nil {
 		return nil, err
 	}
+	// A district of before has no such key, and lets go of nothing.
+	sealingKey, err := l.district.Key(district.SealingKey)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	sealingSender, err := l.sender(b)
+	if err != nil {
+		return nil, err
+	}
 	if l.sealing, err = sealing.New(sealing.Config{
+		Key: sealingKey, Sender: sealingSender, KeepEvery: o.keepEvery,
 		Bus: b, Dir: o.dir, GenesisJSON: l.district.GenesisJSON, Policy: l.district.Policy, LogKey: l.district.LogKey, Now: o.now, Logger: o.log.With("service", "sealing"),
 		Witnesses: o.witnesses,
 	}); err != nil {
@@ -392,6 +409,9 @@ func (l *local) handler() http.Handler {
 	mux.Handle("POST /v1/batch", in)
 	mux.Handle("GET /v1/records", au)
 	mux.Handle("GET /v1/evidence/", au)
+	for _, path := range []string{"GET /v1/chain", "GET /v1/bundle", "GET /v1/alarms", "GET /v1/audit", "POST /v1/checkpoints"} {
+		mux.Handle(path, au)
+	}
 	mux.Handle("GET /log/", http.StripPrefix("/log", l.sealing.Handler()))
 	mux.HandleFunc("GET /v1/policy", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")

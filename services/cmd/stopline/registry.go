@@ -100,6 +100,7 @@ type registryOptions struct {
 	blocks                       uint64
 	revoke, json                 bool
 	given                        bool // url, on the command line
+	body                         []byte
 	wait                         time.Duration
 }
 
@@ -257,13 +258,16 @@ func printJSON(w io.Writer, v any) error {
 }
 
 func (o *registryOptions) propose(ctx context.Context, args []string, s streams) error {
-	if len(args) > 0 || o.typ == "" || o.id == "" || o.out == "" || (o.file == "") == !o.revoke {
+	if len(args) > 0 || o.typ == "" || o.id == "" || o.out == "" || (o.file == "" && o.body == nil) == !o.revoke {
 		return usageError("registry propose: --type, --id, --out and either --file or --revoke are needed, and no arguments")
 	}
 	c := identity.Change{Action: identity.Put, Type: identity.EntryType(o.typ), ID: o.id}
-	if o.revoke {
+	switch {
+	case o.revoke:
 		c.Action = identity.Revoke
-	} else {
+	case o.body != nil:
+		c.Body = o.body
+	default:
 		b, err := os.ReadFile(o.file)
 		if err != nil {
 			return err
@@ -499,7 +503,11 @@ func (o *registryOptions) submit(ctx context.Context, args []string, s streams) 
 	if err := o.current(ctx, p); err != nil {
 		return err
 	}
-	commitment, err := fileRecord(ctx, o.url, identity.Sign(key, identity.KindRegistry, identity.JSON, payload))
+	k := identity.KindRegistry
+	if c.Type == identity.TypeRedaction {
+		k = identity.KindRedaction
+	}
+	commitment, err := fileRecord(ctx, o.url, identity.Sign(key, k, identity.JSON, payload))
 	if err != nil {
 		return err
 	}
