@@ -532,7 +532,7 @@ func (c *Checker) whence() (where Problem, at *hole) {
 		where.Rule += "a payload that should follow is not there"
 	case len(c.payloads) == 1 && c.payloads[0].now != nil:
 		r := c.payloads[0].now
-		where = Problem{File: r.file, Offset: &r.offset, Rule: "a payload is missing that should be before"}
+		where = Problem{File: r.file, Offset: &r.offset, Record: &r.n, Rule: "a payload is missing that should be before"}
 	}
 	return where, nil
 }
@@ -790,7 +790,7 @@ func (c *Checker) fill(p *Piece, it *item) bool {
 		c.sure = false
 		return false
 	}
-	missing := uint64(it.h.Height - 1 - c.height)
+	missing, from := uint64(it.h.Height-1-c.height), c.size
 	leaves, file, err := c.entries(c.size, it.h.PrevSize)
 	heads := uint64(0)
 	for i := 0; i < len(leaves); i += LeafSize {
@@ -805,7 +805,7 @@ func (c *Checker) fill(p *Piece, it *item) bool {
 		err = errors.New("do not go on from the last block that can be read")
 	}
 	if err != nil {
-		c.bad(Problem{File: file, Leaf: &c.size, Rule: fmt.Sprintf("entries up to %d, of blocks that cannot be read: %v", it.h.PrevSize, err)})
+		c.bad(Problem{File: file, Leaf: &from, Rule: fmt.Sprintf("entries up to %d, of blocks that cannot be read: %v", it.h.PrevSize, err)})
 		c.tree, c.sure = nil, false
 		c.height, c.size = it.h.Height-1, it.h.PrevSize
 		return false

@@ -5,11 +5,13 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/retention"
 	checker "github.com/stopline-traffic/stopline/services/internal/fsck"
 )
 
@@ -32,15 +34,15 @@ EXIT STATUS
     0  everything is as it should be
     1  something is not; it is named
     2  wrong usage, or no data folder`,
-	flags: func(fs *flag.FlagSet) func(context.Context, []string, streams) error {
+	flags: func(set *flag.FlagSet) func(context.Context, []string, streams) error {
 		var o fsckFlags
-		fs.StringVar(&o.policy, "policy", "", "`FILE` with the policy that you trust")
-		fs.BoolVar(&o.signatures, "signatures", false, "verify the signature of every record, too, by the registry in force at its\nblock")
-		fs.Func("checkpoint", "`FILE` with a signed checkpoint that the log must still hold; may be given\nseveral times", func(name string) error {
+		set.StringVar(&o.policy, "policy", "", "`FILE` with the policy that you trust")
+		set.BoolVar(&o.signatures, "signatures", false, "verify the signature of every record, too, by the registry in force at its\nblock")
+		set.Func("checkpoint", "`FILE` with a signed checkpoint that the log must still hold; may be given\nseveral times", func(name string) error {
 			o.checkpoints = append(o.checkpoints, name)
 			return nil
 		})
-		fs.BoolVar(&o.json, "json", false, "print one JSON object")
+		set.BoolVar(&o.json, "json", false, "print one JSON object")
 		return func(ctx context.Context, args []string, s streams) error {
 			if len(args) != 1 {
 				return usageError("fsck: one data folder is needed, got %d arguments", len(args))
@@ -49,6 +51,9 @@ EXIT STATUS
 		}
 	},
 }
+
+// absences is what explains that payloads of a folder are gone.
+func absences(dir fs.FS) (ledger.Absences, error) { return retention.NewAbsences(dir) }
 
 type fsckFlags struct {
 	policy           string
@@ -90,6 +95,9 @@ func fsck(ctx context.Context, s streams, dir string, f fsckFlags) error {
 	o, err := f.options("fsck")
 	if err != nil {
 		return err
+	}
+	if o.Absences, err = absences(os.DirFS(dir)); err != nil {
+		return fmt.Errorf("fsck: %w", err)
 	}
 	done := func() {}
 	if isTerminal(s.err) {
