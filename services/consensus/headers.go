@@ -95,9 +95,12 @@ func (k *core) checkHeaders(f *follower, m *pb.Block) (*follower, stored, error)
 		return nil, stored{}, fmt.Errorf("block %d: verdicts: are not those that the header names", h.Height)
 	}
 	if !purged(m, h) {
-		if err := checkPayload(b, m); err != nil {
-			return nil, stored{}, fmt.Errorf("block %d: %w", h.Height, err)
-		}
+		err = checkPayload(b, m)
+	} else if err = checkKept(b, m); err == nil {
+		s.registry = m.Registry
+	}
+	if err != nil {
+		return nil, stored{}, fmt.Errorf("block %d: %w", h.Height, err)
 	}
 	next := &follower{f.last, tree, f.registry, f.registryHash}
 	if err := next.advance(b, m); err != nil {
@@ -187,33 +190,63 @@ func checkPayload(b *ledger.Block, m *pb.Block) error {
 	return nil
 }
 
-// registryAfter carries out a block's agreed registry records, as [state.judge]
-// did. Without such the registry itself comes back.
-func registryAfter(reg *identity.Registry, h ledger.Height, m *pb.Block) (*identity.Registry, error) {
-	next, rec := reg, 0
+// checkKept holds the records that were kept of a block against its leaves.
+func checkKept(b *ledger.Block, m *pb.Block) error {
+	last := uint32(0)
+	for i, r := range m.Registry {
+		switch {
+		case r.Record == nil || len(r.Record.Salt) != len(ledger.Salt{}) || r.Leaf <= last || int64(r.Leaf) >= int64(len(b.Leaves)):
+			return fmt.Errorf("registry[%d]: is not a record in the order of the leaves", i)
+		case b.Leaves[r.Leaf].Commitment != ledger.Commit(ledger.Salt(r.Record.Salt), r.Record.Envelope):
+			return fmt.Errorf("registry[%d]: does not match leaf %d", i, r.Leaf)
+		}
+		last = r.Leaf
+	}
+	return nil
+}
+
+// keptOf returns the records of a block that changed the registry.
+func keptOf(m *pb.Block) (out []*pb.KeptRecord, err error) {
+	leaf, rec := uint32(0), -1
 	for i, raw := range m.Batches {
 		batch, err := wire.DecodeBatch(raw)
 		if err != nil {
-			return nil, fmt.Errorf("block %d: batches[%d]: %w", h, i, err)
+			return nil, fmt.Errorf("batches[%d]: %w", i, err)
 		}
 		for _, r := range batch.Records {
-			rec++
-			if !ledger.Verdicts(m.Verdicts).Accepted(rec - 1) {
+			if rec++; !ledger.Verdicts(m.Verdicts).Accepted(rec) {
 				continue
 			}
-			if e, err := identity.ParseEnvelope(r.Envelope); err != nil || !e.Kind.ChangesRegistry() {
-				continue
+			leaf++
+			if e, err := identity.ParseEnvelope(r.Envelope); err == nil && e.Kind.ChangesRegistry() {
+				out = append(out, &pb.KeptRecord{Leaf: leaf, Record: r})
 			}
-			c := wire.Candidate(r.Envelope, r.Salt)
-			if c.Err != nil || c.Change == nil {
-				return nil, fmt.Errorf("block %d: batches[%d]: an agreed registry record cannot be decoded: %w", h, i, c.Err)
-			}
-			if next == reg {
-				next = reg.Clone()
-			}
-			if err := next.Apply(uint64(h), c.Envelope.Key, *c.Change); err != nil {
-				return nil, fmt.Errorf("block %d: batches[%d]: an agreed registry record does not apply: %w", h, i, err)
-			}
+		}
+	}
+	return out, nil
+}
+
+// registryAfter carries out a block's agreed registry records, as [state.judge]
+// did. Without such the registry itself comes back.
+func registryAfter(reg *identity.Registry, h ledger.Height, m *pb.Block) (*identity.Registry, error) {
+	kept := m.Registry
+	if len(m.Batches) > 0 {
+		var err error
+		if kept, err = keptOf(m); err != nil {
+			return nil, fmt.Errorf("block %d: %w", h, err)
+		}
+	}
+	next := reg
+	for _, k := range kept {
+		c := wire.Candidate(k.Record.Envelope, k.Record.Salt)
+		if c.Err != nil || c.Change == nil {
+			return nil, fmt.Errorf("block %d: leaf %d: an agreed registry record cannot be decoded: %w", h, k.Leaf, c.Err)
+		}
+		if next == reg {
+			next = reg.Clone()
+		}
+		if err := next.Apply(uint64(h), c.Envelope.Key, *c.Change); err != nil {
+			return nil, fmt.Errorf("block %d: leaf %d: an agreed registry record does not apply: %w", h, k.Leaf, err)
 		}
 	}
 	return next, nil

@@ -151,6 +151,13 @@ func (v *Validator) redact(ctx context.Context, t identity.Tombstone, r *keptRed
 				r.Done = true
 				return nil
 			}
+			if needed, err := k.store.needed(h, t.Index); err != nil {
+				return err
+			} else if needed {
+				v.log.Warn("redaction is of a record that the registry needs, it stays", "index", t.Index)
+				r.Done = true
+				return nil
+			}
 			k.writing.Lock()
 			erased, err := k.store.erase(h, k.shelf.oldest())
 			k.writing.Unlock()
@@ -277,6 +284,41 @@ func (s *store) leaf(index uint64) (h ledger.Height, l ledger.Leaf, ok bool, err
 	return b.Header.Height, b.Leaves[i], true, nil
 }
 
+// needed reports whether a leaf of a block, as far as its payload is here, is a
+// record of the class that is never let go of.
+func (s *store) needed(h ledger.Height, index uint64) (bool, error) {
+	m, err := s.block(h)
+	if err != nil {
+		return false, err
+	}
+	hd, err := ledger.ParseHeader(m.Header)
+	if err != nil {
+		return false, err
+	}
+	leaf, rec := hd.PrevSize, -1
+	for _, raw := range m.Batches {
+		batch, err := wire.DecodeBatch(raw)
+		if err != nil {
+			return false, err
+		}
+		for _, r := range batch.Records {
+			if rec++; !ledger.Verdicts(m.Verdicts).Accepted(rec) {
+				continue
+			}
+			if leaf++; leaf == index {
+				e, err := identity.ParseEnvelope(r.Envelope)
+				return err == nil && retention.Of(e.Kind) == retention.Registry, err
+			}
+		}
+	}
+	for _, r := range m.Registry {
+		if hd.PrevSize+uint64(r.Leaf) == index {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
 // erase lets go of the payload of a block that no snapshot from a height on
 // needs; false where that is still to come.
 func (s *store) erase(h, before ledger.Height) (bool, error) {
@@ -288,38 +330,44 @@ func (s *store) erase(h, before ledger.Height) (bool, error) {
 		return false, err
 	}
 	if len(m.Batches) > 0 {
-		// Its batches changed the registry: whoever begins from nothing needs them.
-		return false, nil
-	}
-	n := uint64(h) - 1
-	if n < s.payloads.First() {
-		return true, nil
-	}
-	var in *seglog.Span
-	for _, sp := range s.payloads.Segments() {
-		if sp.First <= n && n < sp.Next {
-			in = &sp
+		// Its batches changed the registry: whoever begins from nothing needs that.
+		if m.Registry, err = keptOf(m); err != nil {
+			return false, err
 		}
-	}
-	if in == nil {
-		return false, fmt.Errorf("store: no payload record of block %d", h)
-	}
-	if in.Last {
-		if err := s.payloads.Roll(); err != nil {
+		m.Batches = nil
+		if err := replaceRecord(s.dir, s.blocks, uint64(h)-1, wire.EncodeBlock(m)); err != nil {
 			return false, err
 		}
 	}
-	if err := os.MkdirAll(trashDir(s.dir), 0o700); err != nil {
-		return false, err
+	if n := uint64(h) - 1; n >= s.payloads.First() {
+		return true, replaceRecord(s.dir, s.payloads, n, wire.EncodeBlock(&pb.Block{}))
 	}
-	empty := wire.EncodeBlock(&pb.Block{})
-	_, err = s.payloads.Rewrite(in.First, trashDir(s.dir), func(i uint64, rec []byte) []byte {
-		if i == n {
-			return empty
+	return true, nil
+}
+
+// replaceRecord writes one record of a log anew, and its segment with it.
+func replaceRecord(dir string, l *seglog.Log, n uint64, to []byte) error {
+	for _, s := range l.Segments() {
+		if n < s.First || n >= s.Next {
+			continue
 		}
-		return rec
-	})
-	return err == nil, err
+		if s.Last {
+			if err := l.Roll(); err != nil {
+				return err
+			}
+		}
+		if err := os.MkdirAll(trashDir(dir), 0o700); err != nil {
+			return err
+		}
+		_, err := l.Rewrite(s.First, trashDir(dir), func(i uint64, rec []byte) []byte {
+			if i == n {
+				return to
+			}
+			return rec
+		})
+		return err
+	}
+	return fmt.Errorf("store: no record %d to be replaced", n)
 }
 
 // roll has the journal go on in a new file, and returns the number of the first

@@ -16,7 +16,8 @@ import (
 // logs is height i+1:
 //
 //	blocks/    header, leaves, metadata, votes, verdicts; and the batches of blocks
-//	           that changed the registry, which are kept for good
+//	           that changed the registry, which are kept for good, or of these
+//	           batches, where a record in them was redacted, the changes alone
 //	payloads/  the batches; an empty record where this validator never had them
 //
 // so that payloads can be let go of, by whole segments, without touching a
@@ -42,17 +43,19 @@ type stored struct {
 	batches  [][]byte
 	// keep says that the batches must never be let go of.
 	keep bool
+	// registry is what was kept of batches in which something was redacted.
+	registry []*pb.KeptRecord
 	// step is of a block that changed the validators, where it is not known yet.
 	step *ledger.Step
 }
 
 func openStore(dir string, o seglog.Options) (*store, error) {
+	if err := seglog.Sweep(trashDir(dir), nil, filepath.Join(dir, "blocks"), filepath.Join(dir, "payloads")); err != nil {
+		return nil, err
+	}
 	b, err := seglog.Open(filepath.Join(dir, "blocks"), o)
 	if err != nil {
 		return nil, err
-	}
-	if err := seglog.Sweep(trashDir(dir), nil, filepath.Join(dir, "payloads")); err != nil {
-		return nil, errors.Join(err, b.Close())
 	}
 	p, err := seglog.Open(filepath.Join(dir, "payloads"), o)
 	if err != nil {
@@ -95,7 +98,9 @@ func (s *store) append(bs ...stored) error {
 		if !b.keep {
 			kept = nil
 		}
-		blocks[i] = wire.EncodeBlock(wire.BlockToProto(b.block, kept, b.verdicts))
+		m := wire.BlockToProto(b.block, kept, b.verdicts)
+		m.Registry = b.registry
+		blocks[i] = wire.EncodeBlock(m)
 	}
 	if _, err := s.payloads.Append(payloads...); err != nil {
 		return err

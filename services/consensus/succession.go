@@ -164,25 +164,19 @@ func (k *core) succeed(b *ledger.Block, m *pb.Block, before *ledger.Frontier, va
 // stepOf makes the step of a block that changed the validators; before is the log
 // before it, validators are those who decided it.
 func stepOf(b *ledger.Block, m *pb.Block, before *ledger.Frontier, validators []identity.Validator) (*ledger.Step, error) {
-	leaf, rec := 0, -1
-	for _, raw := range m.Batches {
-		batch, err := wire.DecodeBatch(raw)
-		if err != nil {
+	kept := m.Registry
+	if len(m.Batches) > 0 {
+		var err error
+		if kept, err = keptOf(m); err != nil {
 			return nil, err
 		}
-		for _, r := range batch.Records {
-			if rec++; !ledger.Verdicts(m.Verdicts).Accepted(rec) {
-				continue
-			}
-			leaf++
-			if e, err := identity.ParseEnvelope(r.Envelope); err != nil || e.Kind != identity.KindRegistry {
-				continue
-			}
-			if c := wire.Candidate(r.Envelope, r.Salt); c.Change == nil || c.Change.Type != identity.TypeValidator {
-				continue
-			}
-			return ledger.NewStep(b, before, leaf, ledger.Salt(r.Salt), r.Envelope, validators)
+	}
+	for _, k := range kept {
+		r := k.Record
+		if c := wire.Candidate(r.Envelope, r.Salt); c.Change == nil || c.Change.Type != identity.TypeValidator {
+			continue
 		}
+		return ledger.NewStep(b, before, int(k.Leaf), ledger.Salt(r.Salt), r.Envelope, validators)
 	}
 	return nil, fmt.Errorf("block %d: holds no change of the validators", b.Header.Height)
 }

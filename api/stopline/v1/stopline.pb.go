@@ -1709,7 +1709,10 @@ type Block struct {
 	Batches [][]byte `protobuf:"bytes,5,rep,name=batches,proto3" json:"batches,omitempty"`
 	// One bit a record, 1 accepted, in the order of batches; least significant
 	// bit first.
-	Verdicts      []byte `protobuf:"bytes,6,opt,name=verdicts,proto3" json:"verdicts,omitempty"`
+	Verdicts []byte `protobuf:"bytes,6,opt,name=verdicts,proto3" json:"verdicts,omitempty"`
+	// Where the batches are gone because a record in them was redacted: the records
+	// that changed the registry, all of them, in their order.
+	Registry      []*KeptRecord `protobuf:"bytes,7,rep,name=registry,proto3" json:"registry,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1786,6 +1789,67 @@ func (x *Block) GetVerdicts() []byte {
 	return nil
 }
 
+func (x *Block) GetRegistry() []*KeptRecord {
+	if x != nil {
+		return x.Registry
+	}
+	return nil
+}
+
+// KeptRecord is a record of a block whose batches are gone.
+type KeptRecord struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its place among the block's leaves; the header's is 0.
+	Leaf          uint32  `protobuf:"varint,1,opt,name=leaf,proto3" json:"leaf,omitempty"`
+	Record        *Record `protobuf:"bytes,2,opt,name=record,proto3" json:"record,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptRecord) Reset() {
+	*x = KeptRecord{}
+	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptRecord) ProtoMessage() {}
+
+func (x *KeptRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptRecord.ProtoReflect.Descriptor instead.
+func (*KeptRecord) Descriptor() ([]byte, []int) {
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *KeptRecord) GetLeaf() uint32 {
+	if x != nil {
+		return x.Leaf
+	}
+	return 0
+}
+
+func (x *KeptRecord) GetRecord() *Record {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
 // SyncRequest asks a validator for decided blocks, or for what is asked for by
 // one of the fields from 5 on.
 type SyncRequest struct {
@@ -1812,7 +1876,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1824,7 +1888,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[19]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1837,7 +1901,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{19}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SyncRequest) GetFromHeight() uint64 {
@@ -1934,7 +1998,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1946,7 +2010,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[20]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1959,7 +2023,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{20}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SyncResponse) GetBlocks() []*Block {
@@ -2036,7 +2100,7 @@ type SnapshotOffer struct {
 
 func (x *SnapshotOffer) Reset() {
 	*x = SnapshotOffer{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2048,7 +2112,7 @@ func (x *SnapshotOffer) String() string {
 func (*SnapshotOffer) ProtoMessage() {}
 
 func (x *SnapshotOffer) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[21]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2061,7 +2125,7 @@ func (x *SnapshotOffer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotOffer.ProtoReflect.Descriptor instead.
 func (*SnapshotOffer) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{21}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SnapshotOffer) GetHeight() uint64 {
@@ -2111,7 +2175,7 @@ type CosignRequest struct {
 
 func (x *CosignRequest) Reset() {
 	*x = CosignRequest{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2123,7 +2187,7 @@ func (x *CosignRequest) String() string {
 func (*CosignRequest) ProtoMessage() {}
 
 func (x *CosignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[22]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2136,7 +2200,7 @@ func (x *CosignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignRequest.ProtoReflect.Descriptor instead.
 func (*CosignRequest) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{22}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CosignRequest) GetHeight() uint64 {
@@ -2164,7 +2228,7 @@ type CosignResponse struct {
 
 func (x *CosignResponse) Reset() {
 	*x = CosignResponse{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2240,7 @@ func (x *CosignResponse) String() string {
 func (*CosignResponse) ProtoMessage() {}
 
 func (x *CosignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[23]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2253,7 @@ func (x *CosignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignResponse.ProtoReflect.Descriptor instead.
 func (*CosignResponse) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{23}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CosignResponse) GetSignatureLine() []byte {
@@ -2220,7 +2284,7 @@ type Seal struct {
 
 func (x *Seal) Reset() {
 	*x = Seal{}
-	mi := &file_stopline_v1_stopline_proto_msgTypes[24]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2232,7 +2296,7 @@ func (x *Seal) String() string {
 func (*Seal) ProtoMessage() {}
 
 func (x *Seal) ProtoReflect() protoreflect.Message {
-	mi := &file_stopline_v1_stopline_proto_msgTypes[24]
+	mi := &file_stopline_v1_stopline_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2245,7 +2309,7 @@ func (x *Seal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seal.ProtoReflect.Descriptor instead.
 func (*Seal) Descriptor() ([]byte, []int) {
-	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{24}
+	return file_stopline_v1_stopline_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Seal) GetHeight() uint64 {
@@ -2427,14 +2491,19 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\vSTATUS_BUSY\x10\x03\"K\n" +
 	"\rVoteSignature\x12\x1c\n" +
 	"\tvalidator\x18\x01 \x01(\x04R\tvalidator\x12\x1c\n" +
-	"\tsignature\x18\x02 \x01(\fR\tsignature\"\xbb\x01\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"\xf0\x01\n" +
 	"\x05Block\x12\x16\n" +
 	"\x06header\x18\x01 \x01(\fR\x06header\x12\x16\n" +
 	"\x06leaves\x18\x02 \x01(\fR\x06leaves\x12\x1a\n" +
 	"\bmetadata\x18\x03 \x01(\fR\bmetadata\x120\n" +
 	"\x05votes\x18\x04 \x03(\v2\x1a.stopline.v1.VoteSignatureR\x05votes\x12\x18\n" +
 	"\abatches\x18\x05 \x03(\fR\abatches\x12\x1a\n" +
-	"\bverdicts\x18\x06 \x01(\fR\bverdicts\"\x98\x02\n" +
+	"\bverdicts\x18\x06 \x01(\fR\bverdicts\x123\n" +
+	"\bregistry\x18\a \x03(\v2\x17.stopline.v1.KeptRecordR\bregistry\"M\n" +
+	"\n" +
+	"KeptRecord\x12\x12\n" +
+	"\x04leaf\x18\x01 \x01(\rR\x04leaf\x12+\n" +
+	"\x06record\x18\x02 \x01(\v2\x13.stopline.v1.RecordR\x06record\"\x98\x02\n" +
 	"\vSyncRequest\x12\x1f\n" +
 	"\vfrom_height\x18\x01 \x01(\x04R\n" +
 	"fromHeight\x12\x1d\n" +
@@ -2492,7 +2561,7 @@ func file_stopline_v1_stopline_proto_rawDescGZIP() []byte {
 }
 
 var file_stopline_v1_stopline_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_stopline_v1_stopline_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_stopline_v1_stopline_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_stopline_v1_stopline_proto_goTypes = []any{
 	(Receipt_Status)(0),    // 0: stopline.v1.Receipt.Status
 	(*Envelope)(nil),       // 1: stopline.v1.Envelope
@@ -2514,12 +2583,13 @@ var file_stopline_v1_stopline_proto_goTypes = []any{
 	(*Receipt)(nil),        // 17: stopline.v1.Receipt
 	(*VoteSignature)(nil),  // 18: stopline.v1.VoteSignature
 	(*Block)(nil),          // 19: stopline.v1.Block
-	(*SyncRequest)(nil),    // 20: stopline.v1.SyncRequest
-	(*SyncResponse)(nil),   // 21: stopline.v1.SyncResponse
-	(*SnapshotOffer)(nil),  // 22: stopline.v1.SnapshotOffer
-	(*CosignRequest)(nil),  // 23: stopline.v1.CosignRequest
-	(*CosignResponse)(nil), // 24: stopline.v1.CosignResponse
-	(*Seal)(nil),           // 25: stopline.v1.Seal
+	(*KeptRecord)(nil),     // 20: stopline.v1.KeptRecord
+	(*SyncRequest)(nil),    // 21: stopline.v1.SyncRequest
+	(*SyncResponse)(nil),   // 22: stopline.v1.SyncResponse
+	(*SnapshotOffer)(nil),  // 23: stopline.v1.SnapshotOffer
+	(*CosignRequest)(nil),  // 24: stopline.v1.CosignRequest
+	(*CosignResponse)(nil), // 25: stopline.v1.CosignResponse
+	(*Seal)(nil),           // 26: stopline.v1.Seal
 }
 var file_stopline_v1_stopline_proto_depIdxs = []int32{
 	3,  // 0: stopline.v1.Frame.readings:type_name -> stopline.v1.Reading
@@ -2535,13 +2605,15 @@ var file_stopline_v1_stopline_proto_depIdxs = []int32{
 	14, // 10: stopline.v1.Batch.records:type_name -> stopline.v1.Record
 	0,  // 11: stopline.v1.Receipt.status:type_name -> stopline.v1.Receipt.Status
 	18, // 12: stopline.v1.Block.votes:type_name -> stopline.v1.VoteSignature
-	19, // 13: stopline.v1.SyncResponse.blocks:type_name -> stopline.v1.Block
-	22, // 14: stopline.v1.SyncResponse.offers:type_name -> stopline.v1.SnapshotOffer
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	20, // 13: stopline.v1.Block.registry:type_name -> stopline.v1.KeptRecord
+	14, // 14: stopline.v1.KeptRecord.record:type_name -> stopline.v1.Record
+	19, // 15: stopline.v1.SyncResponse.blocks:type_name -> stopline.v1.Block
+	23, // 16: stopline.v1.SyncResponse.offers:type_name -> stopline.v1.SnapshotOffer
+	17, // [17:17] is the sub-list for method output_type
+	17, // [17:17] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_stopline_v1_stopline_proto_init() }
@@ -2555,7 +2627,7 @@ func file_stopline_v1_stopline_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_stopline_v1_stopline_proto_rawDesc), len(file_stopline_v1_stopline_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
