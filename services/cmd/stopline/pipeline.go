@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -24,6 +25,7 @@ import (
 type pipeline struct {
 	*local
 	dir    string
+	keep   string // the same where it is to stay
 	clock  *simClock
 	stop   context.CancelFunc
 	done   chan struct{} // closed when the services have ended
@@ -37,8 +39,11 @@ type pipeline struct {
 // those missing are declared stale and the street goes on without them.
 const staleWait = 10 * time.Second
 
-func newPipeline(ctx context.Context, id traffic.DistrictID, defs []*traffic.Junction, clock *simClock, core signalcontrol.CoreConfig, log *slog.Logger) (*pipeline, error) {
-	dir, err := os.MkdirTemp("", "stopline-simulate-")
+func newPipeline(ctx context.Context, id traffic.DistrictID, defs []*traffic.Junction, clock *simClock, core signalcontrol.CoreConfig, keep string, log *slog.Logger) (*pipeline, error) {
+	if _, err := os.Stat(filepath.Join(keep, "genesis.json")); keep != "" && err == nil {
+		return nil, usageError("simulate: --data %s: holds a district already; its time and devices would not fit", keep)
+	}
+	dir, err := freshDir(keep, "stopline-simulate-")
 	if err != nil {
 		return nil, err
 	}
@@ -48,10 +53,10 @@ func newPipeline(ctx context.Context, id traffic.DistrictID, defs []*traffic.Jun
 			Policy: identity.Policy{Version: core.PolicyVersion, Controller: core.Controller.Name, Rules: core.Rules.Name}},
 	})
 	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
+		return nil, errors.Join(err, dropDir(dir, keep))
 	}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
-	p := &pipeline{local: l, dir: dir, clock: clock, stop: stop, done: make(chan struct{}),
+	p := &pipeline{local: l, dir: dir, keep: keep, clock: clock, stop: stop, done: make(chan struct{}),
 		units: map[traffic.JunctionID]*roadside.Unit{}, orders: make(chan traffic.Command, 4*len(defs)+16)}
 	go func() {
 		defer close(p.done)
@@ -149,5 +154,13 @@ func (p *pipeline) close() error {
 	p.stop()
 	<-p.done
 	p.local.close()
-	return errors.Join(p.err, os.RemoveAll(p.dir))
+	return errors.Join(p.err, dropDir(p.dir, p.keep))
+}
+
+// dropDir removes a folder, unless it is the one to keep.
+func dropDir(dir, keep string) error {
+	if keep != "" {
+		return nil
+	}
+	return os.RemoveAll(dir)
 }

@@ -35,8 +35,8 @@ import (
 
 var replayCommand = command{
 	name:     "replay",
-	synopsis: "stopline replay --hires FILE [--hires FILE …] [--data DIR] [--speed 1|10|max] [--json]",
-	summary:  "bring controllers' logs into a district's sealed log",
+	synopsis: "stopline replay --hires FILE [--hires FILE …] [--data DIR] [--speed 1|10|max] [--json]\nstopline replay --policy A --against B --data DIR [--json]",
+	summary:  "bring controllers' logs into a sealed log; decide a recorded hour by another policy",
 	manual: `Reads hi-res logs of traffic signal controllers and sends them through ingest,
 validation, four validators and sealing, all in this process around an embedded
 NATS server. Each second of each controller becomes one record of the kind
@@ -58,7 +58,7 @@ time, 10 ten times that.
 The last line of --json is one object. frames counts records, events those that
 were read; events_in_log those in records that the validators accepted, so that
 the two are equal where nothing was refused. quarantined counts records by the
-rule that they broke. seconds is from the first record sent until all was sealed.`,
+rule that they broke. seconds is from the first record sent until all was sealed.` + policyManual,
 	flags: func(fs *flag.FlagSet) func(context.Context, []string, streams) error {
 		o := replayOptions{}
 		fs.Func("hires", "log `FILE` to bring in; may be given several times, in the order of time", func(s string) error {
@@ -69,11 +69,16 @@ rule that they broke. seconds is from the first record sent until all was sealed
 		fs.StringVar(&o.speed, "speed", "max", "`PACE`: max, or how many times as fast as the log's own time")
 		fs.StringVar(&o.zone, "zone", "UTC", "time `ZONE` of stamps that name none, for instance America/Denver")
 		fs.StringVar(&o.device, "device", "", "`NAME` of the controller, for files that do not say")
+		fs.StringVar(&o.policy, "policy", "", "decide the frames in the log of --data by policy `A` …")
+		fs.StringVar(&o.against, "against", "", "… and by policy `B`, and print what differs")
 		fs.BoolVar(&o.json, "json", false, "print, last, one JSON object")
 		fs.BoolVar(&o.verbose, "verbose", false, "log to standard error what services do")
 		return func(ctx context.Context, args []string, s streams) error {
 			if len(args) > 0 {
 				return usageError("replay: takes no arguments, got %q; logs are named with --hires", args)
+			}
+			if o.policy != "" || o.against != "" {
+				return o.replayPolicy(ctx, s)
 			}
 			return replay(ctx, o, s)
 		}
@@ -83,6 +88,7 @@ rule that they broke. seconds is from the first record sent until all was sealed
 type replayOptions struct {
 	files                     []string
 	data, speed, zone, device string
+	policy, against           string
 	json, verbose             bool
 }
 

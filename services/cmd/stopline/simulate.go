@@ -61,6 +61,7 @@ end.`,
 		fs.BoolVar(&o.pipeline, "pipeline", false, "run through every service, in lockstep")
 		fs.DurationVar(&o.length, "for", 0, "simulate at most this long, for instance 10m; 0: to the scenario's end\n(the city, which has none: 1h)")
 		fs.StringVar(&o.decisions, "decisions", "", "write each decision as one JSON line to `FILE`")
+		fs.StringVar(&o.data, "data", "", "with --pipeline: keep the district in folder `DIR`, which must be new")
 		asJSON := fs.Bool("json", false, "print one JSON object")
 		quiet := fs.Bool("quiet", false, "no progress on standard error")
 		return func(ctx context.Context, args []string, s streams) error {
@@ -90,6 +91,7 @@ type simulateOptions struct {
 	tripinfo, decisions                string
 	pipeline                           bool
 	length                             time.Duration
+	data                               string
 	progress                           io.Writer
 	// observe is told of every decision; tests compare two runs by it.
 	observe func(decision)
@@ -150,6 +152,9 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 	if o.sensing != "oracle" && o.sensing != "detectors" {
 		return simulated{}, usageError("simulate: --sensing %q: must be oracle or detectors", o.sensing)
 	}
+	if o.data != "" && !o.pipeline {
+		return simulated{}, usageError("simulate: --data: only with --pipeline is there a log to keep")
+	}
 	if o.seed < 0 || o.seed > math.MaxInt32 {
 		return simulated{}, usageError("simulate: --seed %d: must be 0 to %d", o.seed, math.MaxInt32)
 	}
@@ -176,7 +181,7 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 	var commander func(identity.KeyID) (ed25519.PublicKey, bool)
 	coreConfig := signalcontrol.CoreConfig{District: id, Policy: "simulate", PolicyVersion: "1", Controller: ctrl, Rules: rules}
 	if o.pipeline {
-		p, err := newPipeline(ctx, id, defs, clock, coreConfig, log)
+		p, err := newPipeline(ctx, id, defs, clock, coreConfig, o.data, log)
 		if err != nil {
 			return simulated{}, err
 		}
