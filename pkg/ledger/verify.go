@@ -232,7 +232,7 @@ func (v *verifier) succeed(n *BundleSuccession) error {
 	if err != nil {
 		return &Finding{File: "succession/proof", Reason: "neither this checkpoint nor the bundle's meets the policy: " + err.Error()}
 	}
-	genesis := Hash(sha256.Sum256(n.Genesis))
+	genesis := sha256.Sum256(n.Genesis)
 	if err := CheckInclusion(anchor.Checkpoint, 0, Leaf{ClassHeader, genesis}, n.Proof); err != nil {
 		return &Finding{File: "succession/proof", Reason: "the genesis document is not the one that the log begins with: " + err.Error()}
 	}
