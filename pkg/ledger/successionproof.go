@@ -89,7 +89,7 @@ func (p *SuccessionProof) Verify(genesisJSON []byte, policy *Policy) (*Line, err
 		return nil, err
 	}
 	l := &Line{Succession: s}
-	genesis := Hash(sha256.Sum256(genesisJSON))
+	genesis := sha256.Sum256(genesisJSON)
 	size := uint64(0)
 	for i := range p.Steps {
 		h, next, err := p.Steps[i].check(genesis, l.sets[len(l.sets)-1])

@@ -164,7 +164,7 @@ func TestServiceSeals(t *testing.T) {
 		t.Fatal("with two of four cosignatures there is a checkpoint")
 	}
 	third.mode.Store("")
-	wait(t, "sealed with the third", func() bool { return s.Metrics().SealedHeight == 3 })
+	wait(t, "sealed with the third", func() bool { m := s.Metrics(); return m.SealedHeight == 3 && m.Checkpoints > 0 })
 	m := s.Metrics()
 	if m.Blocks != 3 || m.SealedSize != c.Blocks[2].Header.Size || m.Checkpoints == 0 || m.SealedP99 == 0 {
 		t.Errorf("metrics: got %+v, want 3 blocks, all sealed", m)

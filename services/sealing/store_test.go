@@ -321,7 +321,7 @@ func TestCrashAtEveryOperation(t *testing.T) {
 	}()
 	boom := errors.New("boom")
 	step := 3
-	if testing.Short() {
+	if testing.Short() || raceOn {
 		step = 29
 	}
 	for stop := 1; ; stop += step {

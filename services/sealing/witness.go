@@ -116,8 +116,8 @@ func (a *asker) post(ctx context.Context, c ledger.Checkpoint, body string) (lin
 	if err := errors.Join(err, resp.Body.Close()); err != nil {
 		return "", 0, err
 	}
-	switch {
-	case resp.StatusCode == http.StatusOK:
+	switch resp.StatusCode {
+	case http.StatusOK:
 		// Lines of keys that we do not know are to be ignored.
 		last := errors.New("no line of its key")
 		for l := range strings.SplitAfterSeq(string(b), "\n") {
@@ -129,7 +129,7 @@ func (a *asker) post(ctx context.Context, c ledger.Checkpoint, body string) (lin
 			}
 		}
 		return "", 0, fmt.Errorf("answer: %w", last)
-	case resp.StatusCode == http.StatusConflict:
+	case http.StatusConflict:
 		kind, _, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 		text, ended := strings.CutSuffix(string(b), "\n")
 		n, perr := strconv.ParseUint(text, 10, 63)

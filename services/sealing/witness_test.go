@@ -83,7 +83,7 @@ func (f *fakeWitness) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	n, err := note.Open([]byte(signed), f.logs)
 	if err != nil {
-		http.Error(w, err.Error(), 403)
+		http.Error(w, err.Error(), http.StatusForbidden)
 		return
 	}
 	c, err := torchwood.ParseCheckpoint(n.Text)
@@ -111,7 +111,7 @@ func (f *fakeWitness) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			p = append(p, h)
 		}
 		if err := tlog.CheckTree(p, c.N, c.Hash, f.size, f.hash); err != nil {
-			http.Error(w, err.Error(), 422)
+			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
 			return
 		}
 		f.proofs++
@@ -260,7 +260,7 @@ func TestServiceWitnessed(t *testing.T) {
 	}
 	config, c := witnessConfig(t, "witnessed", 0, good, down, liar)
 	cfg := config(d)
-	cfg.Witnesses, cfg.WitnessTimeout = []ledger.Witness{extra.Witness, good.Witness}, 50*time.Millisecond
+	cfg.Witnesses, cfg.WitnessTimeout = []ledger.Witness{extra.Witness, good.Witness}, 700*time.Millisecond
 	s, stop := start(t, cfg)
 	publish(t, cfg.Bus, c, 0, 3)
 	wait(t, "sealed without them", func() bool { return s.Metrics().SealedHeight == 3 })
@@ -310,7 +310,10 @@ func TestServiceWitnessed(t *testing.T) {
 func TestServiceNeedsWitnesses(t *testing.T) {
 	d := ledgertest.New("needed", 4)
 	one, two, three := newFakeWitness(t, d, 0), newFakeWitness(t, d, 1), newFakeWitness(t, d, 2)
-	fail := func(w http.ResponseWriter, _ []byte) bool { http.Error(w, "down", 503); return true }
+	fail := func(w http.ResponseWriter, _ []byte) bool {
+		http.Error(w, "down", http.StatusServiceUnavailable)
+		return true
+	}
 	two.odd, three.odd = fail, fail
 	config, c := witnessConfig(t, "needed", 2, one, two, three)
 	cfg := config(d)

@@ -200,7 +200,7 @@ func New(c Config) (_ *Witness, err error) {
 		}
 	}()
 	for _, l := range c.Logs {
-		k := &known{Log: l, path: filepath.Join(c.Dir, stateDir, hexOf(l.Origin)), root: ledger.Hash(sha256.Sum256(nil))}
+		k := &known{Log: l, path: filepath.Join(c.Dir, stateDir, hexOf(l.Origin)), root: sha256.Sum256(nil)}
 		if k.verifiers, err = l.verifiers(); err != nil {
 			return nil, err
 		}
