@@ -45,6 +45,9 @@ type keeper struct {
 	rolled map[retention.Class]time.Time
 	// readOnly: only a look at what is there.
 	readOnly bool
+	// streams and send are those of the service; a test has its own.
+	streams func(context.Context, *identity.Registry, *retention.Pending) (bool, error)
+	send    func(ctx context.Context, envelope []byte) error
 }
 
 const (
@@ -55,7 +58,9 @@ const (
 )
 
 func (s *Service) newKeeper() *keeper {
-	return &keeper{s: s, store: s.store, dir: filepath.Join(s.c.Dir, retention.PendingDir), rolled: map[retention.Class]time.Time{}}
+	k := &keeper{s: s, store: s.store, dir: filepath.Join(s.c.Dir, retention.PendingDir), rolled: map[retention.Class]time.Time{}}
+	k.streams, k.send = k.letGoStreams, k.give
+	return k
 }
 
 // keep looks at what is due until ctx ends.
@@ -194,13 +199,18 @@ func (k *keeper) goOn(ctx context.Context, reg *identity.Registry, name string, 
 	if k.store.agreed.has(&p.Receipt) {
 		return k.store.files.remove(filepath.Join(k.dir, name))
 	}
-	sctx, cancel := context.WithTimeout(ctx, sendWait)
-	defer cancel()
-	_, err := k.s.c.Sender.Send(sctx, k.s.genesis.District, identity.KindDeletion, retention.SealingHolder, p.Envelope)
-	if err != nil && ctx.Err() == nil {
+	if err := k.send(ctx, p.Envelope); err != nil && ctx.Err() == nil {
 		k.s.log.Warn("sealing: receipt of deletion not taken, sending it again", "err", err)
 	}
 	return nil
+}
+
+// give sends a receipt to ingest.
+func (k *keeper) give(ctx context.Context, envelope []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, sendWait)
+	defer cancel()
+	_, err := k.s.c.Sender.Send(ctx, k.s.genesis.District, identity.KindDeletion, retention.SealingHolder, envelope)
+	return err
 }
 
 // letGo carries out a deletion in the payload store.
@@ -223,9 +233,9 @@ func (k *keeper) letGo(p *retention.Pending) error {
 // have reached a stream, and how much later than its block a copy.
 const streamSlack = time.Minute
 
-// streams reports whether the streams hold nothing of a deletion's records any
+// letGoStreams reports whether the streams hold nothing of a deletion's records any
 // more, and erases what was redacted.
-func (k *keeper) streams(ctx context.Context, reg *identity.Registry, p *retention.Pending) (bool, error) {
+func (k *keeper) letGoStreams(ctx context.Context, reg *identity.Registry, p *retention.Pending) (bool, error) {
 	if p.Receipt.Reason == retention.ByRetention {
 		_, last, err := k.blockOf(p.Receipt.Ranges[len(p.Receipt.Ranges)-1].Last)
 		if err != nil {
@@ -247,7 +257,11 @@ func (k *keeper) streams(ctx context.Context, reg *identity.Registry, p *retenti
 		want[erase.Digest(d)] = true
 	}
 	if len(want) > 0 {
-		r, err := erase.From(ctx, k.s.c.Bus, time.UnixMilli(p.ReceivedUnixMS).Add(-streamSlack), want)
+		since := time.UnixMilli(p.ReceivedUnixMS).Add(-streamSlack)
+		if since.After(time.Now()) { // the district's clock is not that of the streams
+			since = time.Time{}
+		}
+		r, err := erase.From(ctx, k.s.c.Bus, since, want)
 		if err != nil {
 			return false, err
 		}
