@@ -7,19 +7,18 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 )
 
-// LaneMemory is what the adaptive controller knows of one approach lane.
-type LaneMemory struct {
-	// StuckMS is for how long its first vehicle has been standing at green.
-	StuckMS int64 `json:"stuck_ms,omitempty"`
-}
-
 // Settings of the adaptive controller. One set serves every network.
 const (
-	accelCMSS  = 260 // cm/s²
-	stuckMS    = 3_000
-	stuckMost  = 20_000
-	softRedMS  = 150_000
-	switchCost = 0
+	accelCMSS = 260 // cm/s²
+	stuckMS   = 3_000
+	stuckMost = 20_000
+	// A queue weighs more from where it fills so much of its lane, in thousandths,
+	// and by so much more when it fills it all.
+	crowdedFrom = 500
+	crowdedMost = 2_000
+	softRedMS   = 150_000
+	switchCost  = 0
+	plannedUnit = 400 // weight of a vehicle that a neighbour is only about to let go
 )
 
 // adaptive plans some fifty seconds ahead, anew at each decision, and does what
@@ -35,48 +34,85 @@ func adaptive(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decision)
 	}
 	m = m.observe(j, v)
 	m.model = md
-	if len(m.Lanes) != len(md.lanes) {
-		m.Lanes = make([]LaneMemory, len(md.lanes))
-	} else {
-		m.Lanes = slices.Clone(m.Lanes)
-	}
+	m.own(md)
+	m.estimate(md, v, dt)
 	p := scratches.Get().(*scratch)
 	defer scratches.Put(p)
 	p.begin(md)
 	p.see(&m, v, dt)
-	if !m.mayDecide(j, r, v) {
-		return m.repeat()
-	}
-	at := v.Signal.Stage
-	if at < 0 || at >= len(j.Stages) {
+	at, next, leave := v.Signal.Stage, -1, int32(0)
+	var d Decision
+	switch {
+	case !m.mayDecide(j, r, v):
+		m, d = m.repeat()
+	case at < 0 || at >= len(j.Stages):
 		at = j.Plan.Steps[0].Stage
 		if k := emergency(j, v); k >= 0 {
 			at = k
 		}
-		return m.decide(at, fmt.Sprintf("adaptive: start with stage %d", at))
+		m, d = m.decide(at, fmt.Sprintf("adaptive: start with stage %d", at))
+	default:
+		if k := emergency(j, v); k >= 0 {
+			m, d = m.decide(k, fmt.Sprintf("adaptive: stage %d for an emergency vehicle", k))
+			break
+		}
+		if len(p.arr) == 0 {
+			m, d = m.decide(at, fmt.Sprintf("adaptive: rest in stage %d, nobody is there", at))
+			break
+		}
+		p.search(at, switchCost)
+		best := at
+		for k := range p.leave {
+			if k != at && p.leave[k]+p.margin < p.stay && (best == at || p.leave[k] < p.leave[best]) {
+				best = k
+			}
+		}
+		if best == at {
+			next, leave = p.first, p.leaves
+			m, d = m.decide(at, fmt.Sprintf("adaptive: stage %d stays", at))
+			break
+		}
+		m, d = m.decide(best, fmt.Sprintf("adaptive: stage %d saves %d vehicle-seconds", best, (p.stay-p.leave[best])/(1000*unit)))
 	}
-	if k := emergency(j, v); k >= 0 {
-		return m.decide(k, fmt.Sprintf("adaptive: stage %d for an emergency vehicle", k))
+	p.announce(&m, v, d.Stage, next, leave)
+	return m, d
+}
+
+// announce rolls out what was decided, and notes who is let go by it. A stage
+// that stays is followed by next, where that is another, after leave ms.
+func (p *scratch) announce(m *Memory, v View, stage, next int, leave int32) {
+	if stage < 0 || stage >= len(p.m.stages) || len(m.Sent) == 0 {
+		return
 	}
-	if len(p.arr) == 0 {
-		return m.decide(at, fmt.Sprintf("adaptive: rest in stage %d, nobody is there", at))
-	}
-	p.search(at, switchCost)
-	best := at
-	for k := range p.leave {
-		if k != at && p.leave[k]+p.margin < p.stay && (best == at || p.leave[k] < p.leave[best]) {
-			best = k
+	s := &p.states[0]
+	p.initial(s)
+	p.sent, p.sentMS = m.Sent, m.AtMS
+	for l := range p.m.lanes {
+		if m.Lanes[l].StuckMS > stuckMS {
+			s.nf[l] = outflowMS // promises nothing
 		}
 	}
-	if best == at {
-		return m.decide(at, fmt.Sprintf("adaptive: stage %d stays", at))
+	var t int32
+	switch at := v.Signal.Stage; {
+	case at < 0 || at >= len(p.m.stages):
+		t = int32(min(max(4000-v.Signal.SinceMS, 0), 4000))
+	case at != stage:
+		t = p.transit(s, 0, at, stage)
+	case next >= 0 && next != at && leave < outflowMS:
+		p.serve(s, p.m.row(at), 0, leave, -1)
+		t, stage = p.transit(s, leave, at, next), next
 	}
-	return m.decide(best, fmt.Sprintf("adaptive: stage %d saves %d vehicle-seconds", best, (p.stay-p.leave[best])/(1000*unit)))
+	p.serve(s, p.m.row(stage), t, outflowMS, -1)
+	p.sent = nil
+	for i := range m.Sent {
+		slices.Sort(m.Sent[i].Planned)
+	}
 }
 
 // see fills in who is there, or will be, by lane.
 func (p *scratch) see(m *Memory, v View, dt int64) {
 	md := p.m
+	p.assign(m, v)
 	for l := range md.lanes {
 		lane := &md.lanes[l]
 		p.beg[l] = int32(len(p.arr))
@@ -88,7 +124,13 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 			p.end[l] = int32(len(p.arr))
 			continue
 		}
-		p.seeOracle(m, v, l, dt)
+		if oracle(v, lane) {
+			p.seeOracle(m, v, l, dt)
+		} else {
+			p.seeDetectors(m, v, l)
+		}
+		p.crowd(l)
+		p.seeInflow(m, v, l)
 		p.end[l] = int32(len(p.arr))
 		if i := p.beg[l]; i < p.end[l] {
 			g := int(md.moves[p.mv[i]].group)
@@ -114,6 +156,123 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 			p.cap[e] = max(p.cap[e]-int32(mv.InBox)*unit, 0)
 		}
 	}
+}
+
+// crowd makes a queue weigh more as it comes to fill its lane: what stands
+// beyond it stands in somebody else's way.
+func (p *scratch) crowd(l int) {
+	lane := &p.m.lanes[l]
+	if lane.from == "" {
+		return
+	}
+	var standing int32
+	for i := p.beg[l]; i < int32(len(p.arr)); i++ {
+		if !p.run[i] {
+			standing++
+		}
+	}
+	fill := min(standing*queueSpaceCM*10/max(lane.length/100, 1), 1000) // thousandths
+	if fill <= crowdedFrom {
+		return
+	}
+	more := (fill - crowdedFrom) * crowdedMost / (1000 - crowdedFrom)
+	for i := p.beg[l]; i < int32(len(p.arr)); i++ {
+		p.w[i] += p.w[i] / 1000 * more
+	}
+}
+
+// assign gives each announced vehicle that detectors do not see yet a lane: its
+// own where that is known, else one of those that come from there, by how much
+// they are used.
+func (p *scratch) assign(m *Memory, v View) {
+	p.inLane = grow(p.inLane, len(v.Inflow))
+	p.owed = grow(p.owed, len(p.m.lanes))
+	clear(p.owed)
+	for x := range v.Inflow {
+		in := &v.Inflow[x]
+		p.inLane[x] = -1
+		best, all := -1, int64(0)
+		for l := range p.m.lanes {
+			lane := &p.m.lanes[l]
+			if lane.walk || in.Lane != lane.id && (in.Lane != "" || in.From == "" || lane.from != in.From) {
+				continue
+			}
+			w := max(m.Lanes[l].Rate, 1)
+			p.owed[l] += w
+			all += w
+			if best < 0 || p.owed[l] > p.owed[best] {
+				best = l
+			}
+		}
+		if best < 0 {
+			continue
+		}
+		p.owed[best] -= all
+		lane := &p.m.lanes[best]
+		if in.AtMS > m.AtMS && in.AtMS < m.AtMS+planMS && (!in.Sent || in.AtMS > m.AtMS+int64(lane.reach)*1000/int64(lane.speed)) {
+			p.inLane[x] = int16(best)
+		}
+	}
+}
+
+// seeInflow adds the announced vehicles of a lane.
+func (p *scratch) seeInflow(m *Memory, v View, l int) {
+	lane := &p.m.lanes[l]
+	for x := range v.Inflow {
+		if int(p.inLane[x]) != l {
+			continue
+		}
+		k := lane.moves[0]
+		if len(lane.moves) > 1 {
+			// By the shares; what is owed is not remembered, these may never come.
+			best := int64(-1 << 62)
+			for _, o := range lane.moves {
+				if d := m.Shares[o]*int64(x+1) - p.given[o]*1000; d > best {
+					best, k = d, o
+				}
+			}
+			p.given[k]++
+		}
+		w := int32(plannedUnit)
+		if v.Inflow[x].Sent {
+			w = unit
+		}
+		p.add(max(int32(v.Inflow[x].AtMS-m.AtMS), 0), w, k, true)
+	}
+}
+
+// own makes what the planner remembers its own, and empties it where it is of
+// another definition.
+func (m *Memory) own(md *model) {
+	moves := len(md.junction.Movements)
+	if len(m.Lanes) != len(md.lanes) || len(m.Shares) != moves || len(m.Exits) != md.exits || len(m.Sent) != md.exits {
+		m.Lanes, m.Shares, m.Exits, m.Sent = make([]LaneMemory, len(md.lanes)), make([]int64, moves), make([]int, md.exits), make([]SentMemory, md.exits)
+		for _, l := range md.lanes {
+			for _, k := range l.moves {
+				if int(k) < moves {
+					m.Shares[k] = 1000 / int64(len(l.moves))
+				}
+			}
+		}
+		return
+	}
+	m.Lanes, m.Shares, m.Exits, m.Sent = slices.Clone(m.Lanes), slices.Clone(m.Shares), slices.Clone(m.Exits), slices.Clone(m.Sent)
+	for i := range m.Sent {
+		m.Sent[i].Past, m.Sent[i].Planned = slices.Clone(m.Sent[i].Past), nil
+	}
+	for i := range m.Lanes {
+		m.Lanes[i].Due, m.Lanes[i].Turn = slices.Clone(m.Lanes[i].Due), slices.Clone(m.Lanes[i].Turn)
+	}
+}
+
+// oracle reports whether all of a lane's movements have an oracle.
+func oracle(v View, lane *laneModel) bool {
+	for _, k := range lane.moves {
+		if !v.Movements[k].Oracle {
+			return false
+		}
+	}
+	return true
 }
 
 // seeOracle merges the vehicles of a lane's movements by their distance.
@@ -145,10 +304,12 @@ func (p *scratch) seeOracle(m *Memory, v View, l int, dt int64) {
 		at[best]++
 		if head {
 			head = false
-			if a.SpeedCMS < 50 && a.DistanceCM < 2500 && !departed && v.Signal.State.At(int(md.moves[k].group)).Go() {
-				m.Lanes[l].StuckMS += dt
-			} else {
+			// Who does not move at green will not at the next one, as far as is
+			// known: something is in the way, at the stop line or far before it.
+			if a.SpeedCMS >= 50 || departed {
 				m.Lanes[l].StuckMS = 0
+			} else if v.Signal.State.At(int(md.moves[k].group)).Go() {
+				m.Lanes[l].StuckMS += dt
 			}
 			p.nf[l] = int32(min(max(m.Lanes[l].StuckMS-stuckMS, 0), stuckMost))
 		}

@@ -25,6 +25,12 @@ type Memory struct {
 	Queue []int `json:"queue,omitempty"`
 	// Lanes is what the adaptive controller knows of each approach lane.
 	Lanes []LaneMemory `json:"lanes,omitempty"`
+	// Shares is, by movement, how many thousandths of its lane's vehicles go that
+	// way. Exits is, by exit, how many vehicles were on it.
+	Shares []int64 `json:"shares,omitempty"`
+	Exits  []int   `json:"exits,omitempty"`
+	// Sent is, by exit, what is announced to those downstream.
+	Sent []SentMemory `json:"sent,omitempty"`
 
 	model *model // of the definition, made again where it is missing
 }

@@ -14,21 +14,31 @@ type model struct {
 	junction *traffic.Junction
 	rules    Rules
 
-	lanes  []laneModel
-	moves  []moveModel // first those of vehicles, in the definition's order, then one for each walk
-	exits  int
-	stages []stageModel
-	rows   []byte  // of all stages, then of all changes; see row
-	change []int32 // from*stages+to: ms from the end of the first's green to the second's
-	common []bool  // from*stages+to: some movement is green through the change
-	start  []int32 // decision grid: how long from now the shown stage may stay before it ends
-	grid   int32   // ms, decisions fall on its multiples
+	lanes []laneModel
+	moves []moveModel // first those of vehicles, in the definition's order, then one for each walk
+	exits int
+	// By exit: its lane, and one movement that leads there.
+	exitIDs  []traffic.LaneID
+	exitMove []int
+	stages   []stageModel
+	rows     []byte  // of all stages, then of all changes; see row
+	change   []int32 // from*stages+to: ms from the end of the first's green to the second's
+	common   []bool  // from*stages+to: some movement is green through the change
+	start    []int32 // decision grid: how long from now the shown stage may stay before it ends
+	grid     int32   // ms, decisions fall on its multiples
 }
 
 type laneModel struct {
 	speed int32 // cm/s
 	moves []int16
 	walk  bool
+	// reach is how far before the stop line detectors see, cm; feeders among how
+	// many lanes those on the lanes before it are divided.
+	reach   int32
+	length  int32 // cm
+	id      traffic.LaneID
+	from    traffic.JunctionID
+	feeders int32
 }
 
 type moveModel struct {
@@ -52,8 +62,8 @@ const (
 
 // Settings of the model. One set serves every network.
 const (
-	headwayMS     = 1900 // between vehicles that leave a queue at a protected green
-	giveHeadwayMS = 2200 // and at a permissive one
+	headwayMS     = 1850 // between vehicles that leave a queue at a protected green
+	giveHeadwayMS = 2800 // and at a permissive one
 	baseFlow      = 1900 // vehicles an hour for which the first holds
 )
 
@@ -68,13 +78,14 @@ func modelOf(j *traffic.Junction, r Rules) *model {
 			lanes[mv.From] = l
 			lane, _ := j.Lane(mv.From)
 			speed := int32(min(max(lane.SpeedCMS, 300), 4000))
-			m.lanes = append(m.lanes, laneModel{speed: speed})
+			m.lanes = append(m.lanes, laneModel{speed: speed, id: mv.From, from: lane.From, length: int32(min(max(lane.LengthCM, 100), 1_000_000))})
 		}
 		e, ok := exits[mv.To]
 		if !ok {
 			e = int16(m.exits)
 			exits[mv.To] = e
 			m.exits++
+			m.exitIDs, m.exitMove = append(m.exitIDs, mv.To), append(m.exitMove, i)
 		}
 		m.lanes[l].moves = append(m.lanes[l].moves, int16(i))
 		m.moves = append(m.moves, moveModel{group: int16(mv.Group), lane: l, exit: e, protected: headwayMS, permissive: giveHeadwayMS})
@@ -85,6 +96,25 @@ func modelOf(j *traffic.Junction, r Rules) *model {
 		if g < len(j.Yields) {
 			for _, k := range j.Yields[g] {
 				m.moves[i].yields = append(m.moves[i].yields, meets[k]...)
+			}
+		}
+	}
+	for l := range m.lanes {
+		m.lanes[l].reach, m.lanes[l].feeders = 5_000, 1
+	}
+	for _, d := range j.Detectors {
+		if d.Kind != traffic.Area && d.Kind != traffic.Advance && d.Kind != traffic.Oracle {
+			continue
+		}
+		fed := map[int16]bool{}
+		for _, k := range d.Movements {
+			fed[m.moves[k].lane] = true
+		}
+		for l := range fed {
+			lane := &m.lanes[l]
+			lane.reach = max(lane.reach, int32(min(d.FromStopLineCM+d.LengthCM, 30_000)))
+			if d.Kind == traffic.Area && d.Lane != j.Movements[lane.moves[0]].From {
+				lane.feeders = max(lane.feeders, int32(len(fed)))
 			}
 		}
 	}

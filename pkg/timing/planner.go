@@ -8,14 +8,17 @@ import (
 // Settings of the planner. One set serves every network.
 const (
 	planMS     = 50_000 // how far ahead it looks
-	startupMS  = 1_500  // lost by the first of a queue when its light turns green
+	startupMS  = 1_200  // lost by the first of a queue when its light turns green
 	stopCostMS = 4_000  // what a stop costs beside its wait: braking and starting again
 	yellowMS   = 1_000  // of yellow in which who is on the move still goes
-	gapAheadMS = 3_500  // a permissive movement leaves that before somebody who comes
+	gapAheadMS = 4_500  // a permissive movement leaves that before somebody who comes
 	gapAfterMS = 1_500  // and that after him
 	restMS     = 2_000  // a stage that has served nobody for so long is over
 	longestMS  = 40_000 // and one that has lasted so long
+	laterMS    = 0      // what a vehicle costs that is left over at the end, beside its wait
 	chain      = 3      // how many stages follow one another in a plan
+	waves      = 1      // how many more platoons a stage of a plan may wait for
+	nodesMost  = 4_000  // stages tried in one decision
 	unit       = 1_000  // weight of one vehicle
 	hysteresis = 500 * unit
 )
@@ -45,6 +48,16 @@ type scratch struct {
 	nodes  int
 	cur    int
 	margin int64
+	at     int32 // after how many ms the plans in hand leave the shown stage
+	leaves int32 // ms after which the best plan leaves the shown stage
+
+	inLane []int16 // by announced vehicle
+	owed   []int64 // by lane
+	given  []int64 // by movement
+
+	// Where services are noted, in announce.
+	sent   []SentMemory
+	sentMS int64
 }
 
 type state struct {
@@ -87,9 +100,9 @@ func (p *scratch) begin(m *model) {
 		s.head, s.nf = grow(s.head, n), grow(s.nf, n)
 		s.used, s.last = grow(s.used, m.exits), grow(s.last, len(m.moves))
 	}
-	for i := range p.nf {
-		p.nf[i] = 0
-	}
+	p.given = grow(p.given, len(m.moves))
+	clear(p.given)
+	clear(p.nf)
 	for i := range p.cap {
 		p.cap[i], p.ref[i] = 0, -1
 	}
@@ -105,17 +118,9 @@ func (p *scratch) search(cur int, switching int64) {
 	for k := range p.leave {
 		p.leave[k] = math.MaxInt64 / 2
 	}
-	p.margin = hysteresis
+	p.margin, p.at, p.leaves, p.first = hysteresis, 0, 0, cur
 	s := &p.states[0]
-	copy(s.head, p.beg)
-	copy(s.nf, p.nf)
-	for i := range s.used {
-		s.used[i] = 0
-	}
-	for i := range s.last {
-		s.last[i] = -1_000_000
-	}
-	s.cost = 0
+	p.initial(s)
 	row := p.m.row(cur)
 
 	t := &p.states[1]
@@ -125,6 +130,7 @@ func (p *scratch) search(cur int, switching int64) {
 
 	var at int32
 	for _, d := range p.m.start {
+		p.at = d
 		if d > at {
 			p.serve(s, row, at, d, -1)
 			at = d
@@ -141,6 +147,16 @@ func (p *scratch) search(cur int, switching int64) {
 			p.run1(1, p.transit(t, at, cur, b), b, chain, b, d > 0, switching)
 		}
 	}
+}
+
+func (p *scratch) initial(s *state) {
+	copy(s.head, p.beg)
+	copy(s.nf, p.nf)
+	clear(s.used)
+	for i := range s.last {
+		s.last[i] = -1_000_000
+	}
+	s.cost = 0
 }
 
 // useful reports whether the stage lets the head of any lane go.
@@ -164,37 +180,54 @@ func (p *scratch) done(s *state) bool {
 }
 
 // run1 runs stage k in states[at] from t until it has served who is there, then
-// tries every stage after it.
+// tries every stage after it; and again after whoever comes next.
 func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool, switching int64) {
 	p.nodes++
 	s := &p.states[at]
 	row := p.m.row(k)
-	t = p.serve(s, row, t, planMS, p.m.stages[k].minGreen)
-	if t >= planMS || depth <= 0 || p.done(s) {
-		if t < planMS {
-			p.serve(s, row, t, planMS, -1)
+	least := p.m.stages[k].minGreen
+	for turn := 0; ; turn++ {
+		t = p.serve(s, row, t, planMS, least)
+		if t >= planMS || depth <= 0 || p.done(s) || turn > waves || p.nodes > nodesMost {
+			if t < planMS {
+				p.serve(s, row, t, planMS, -1)
+			}
+			p.leaf(s, first, stays)
+			return
 		}
-		p.leaf(s, first, stays)
-		return
+		if p.bound(s, t) >= p.best+p.margin {
+			return
+		}
+		n := &p.states[at+1]
+		for b := range p.m.stages {
+			if b == k || !p.useful(s, b) {
+				continue
+			}
+			n.copyFrom(s)
+			n.cost += switching
+			p.run1(at+1, p.transit(n, t, k, b), b, depth-1, first, stays, switching)
+		}
+		// Until the next one comes for whom the stage is green.
+		next := p.next(s, row, t)
+		if next >= planMS {
+			p.leaf(s, first, stays)
+			return
+		}
+		least = next - t
 	}
-	if p.bound(s, t) >= p.best+p.margin {
-		return
-	}
-	n := &p.states[at+1]
-	some := false
-	for b := range p.m.stages {
-		if b == k || !p.useful(s, b) {
+}
+
+// next is when somebody may go under the row, at t at the earliest.
+func (p *scratch) next(s *state, row []byte, t int32) int32 {
+	next := int32(planMS)
+	for l := range p.m.lanes {
+		i := s.head[l]
+		if i >= p.end[l] || row[p.mv[i]] == stop {
 			continue
 		}
-		some = true
-		n.copyFrom(s)
-		n.cost += switching
-		p.run1(at+1, p.transit(n, t, k, b), b, depth-1, first, stays, switching)
+		next = min(next, p.room(s, p.mv[i], max(s.nf[l], p.arr[i], t)))
 	}
-	if !some {
-		p.serve(s, row, t, planMS, -1)
-		p.leaf(s, first, stays)
-	}
+	return next
 }
 
 func (p *scratch) leaf(s *state, first int, stays bool) {
@@ -205,7 +238,7 @@ func (p *scratch) leaf(s *state, first int, stays bool) {
 		p.leave[first] = min(p.leave[first], c)
 	}
 	if c < p.best {
-		p.best, p.first = c, first
+		p.best, p.first, p.leaves = c, first, p.at
 	}
 }
 
@@ -220,7 +253,7 @@ func (p *scratch) final(s *state) int64 {
 			if d <= 0 {
 				continue
 			}
-			d += q * headwayMS / 2
+			d += q*headwayMS/2 + laterMS
 			if p.run[i] {
 				d += stopCostMS
 			}
@@ -386,6 +419,9 @@ func (p *scratch) serve(s *state, row []byte, t, until, minGreen int32) int32 {
 		}
 		if e := m.moves[k].exit; e >= 0 {
 			s.used[e] += unit
+			if p.sent != nil && len(p.sent[e].Planned) < outflowMost {
+				p.sent[e].Planned = append(p.sent[e].Planned, p.sentMS+int64(c))
+			}
 		}
 		if early {
 			end = max(end, p.onGrid(c+1))

@@ -314,7 +314,7 @@ func BoxOccupied(j *traffic.Junction, readings []traffic.Reading) []bool {
 		if out == nil {
 			out = make([]bool, len(j.Groups))
 		}
-		if readings[i].Vehicles == 0 {
+		if readings[i].Halted == 0 {
 			continue
 		}
 		for _, m := range d.Movements {

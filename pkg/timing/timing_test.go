@@ -528,7 +528,7 @@ func TestObserve(t *testing.T) {
 	}}
 	v := timing.Observe(j, f)
 	want := []timing.MovementView{
-		{Vehicles: 7, Halted: 3, Departed: 1, Shared: 1, HeadWaitMS: 4000, Present: true, ExitVehicles: 4, ExitCapacity: 10, Known: true, Counted: true},
+		{Vehicles: 7, Halted: 3, Departed: 1, Shared: 1, HeadWaitMS: 4000, Present: true, ExitVehicles: 4, ExitCapacity: 10, Known: true, Counted: true, Oracle: true},
 		{},
 		{Arrived: 3, Departed: 2, Shared: 2, OccupancyPermille: 600, Present: true, Known: true},
 		{Arrived: 3, Departed: 2, Shared: 2, OccupancyPermille: 600, Present: true, Known: true},

@@ -26,6 +26,8 @@ type MovementView struct {
 	// ExitCapacity fit. ExitCapacity is 0 where nothing watches the exit.
 	ExitVehicles, ExitCapacity int
 	ExitHalted                 int // of ExitVehicles
+	// ExitPassed left that stretch at its far end during the interval.
+	ExitPassed int
 	// Known: at least one detector that tells something of the movement
 	// reported. Counted: Vehicles was counted, by an area detector or an oracle,
 	// and is not merely 0 because loops cannot tell.
@@ -34,9 +36,13 @@ type MovementView struct {
 	// is known then, whatever else is; the movement is served in each round, for as
 	// long as the plan gives it.
 	Recall bool
+	// Upstream of Vehicles, and UpstreamHalted of Halted, are not on the
+	// movement's own lane yet but on lanes before it, which other lanes may share.
+	Upstream, UpstreamHalted int
 	// Ahead are the single vehicles that an oracle sees, the nearest first. It is
 	// the frame's own: not to be changed.
-	Ahead []traffic.Approach
+	Ahead  []traffic.Approach
+	Oracle bool // an oracle reported, whether or not it sees anybody
 	// InBox have passed the stop line and are still within the junction, of which
 	// BoxSlow will not be out in time by themselves. Both are 0 where nothing
 	// watches the box.
@@ -51,6 +57,8 @@ type View struct {
 	Calls     []bool             // by group: pedestrians wait (a button says so, or there is no button)
 	Priority  []traffic.Priority // by movement: the strongest right to priority that is present
 	Signal    traffic.Signal
+	// Inflow are vehicles that neighbours have announced, see [Inflows]. Optional.
+	Inflow []Inflow
 }
 
 // vehicleCM is the length of street that one standing vehicle takes.
@@ -129,14 +137,15 @@ func ObserveWithout(j *traffic.Junction, f *traffic.Frame, failed func(traffic.D
 				v.exit(j, d, r)
 			case traffic.Box:
 				for _, m := range d.Movements {
-					v.Movements[m].InBox += int(r.Vehicles)
+					// Of several movements it is not known whose they are.
+					v.Movements[m].InBox += int(r.Vehicles) / len(d.Movements)
 					v.Movements[m].BoxSlow += int(r.Halted)
 				}
 			default:
 				for _, m := range d.Movements {
 					v.Priority[m] = max(v.Priority[m], r.Priority)
 					if d.Kind == traffic.Oracle || !oracle[m] {
-						v.Movements[m].add(d, r)
+						v.Movements[m].add(d, r, d.Lane == j.Movements[m].From)
 					}
 				}
 			}
@@ -176,7 +185,7 @@ func match(j *traffic.Junction, f *traffic.Frame) []*traffic.Reading {
 	return out
 }
 
-func (m *MovementView) add(d traffic.Detector, r *traffic.Reading) {
+func (m *MovementView) add(d traffic.Detector, r *traffic.Reading, own bool) {
 	m.Known = true
 	m.Shared = max(m.Shared, len(d.Movements))
 	m.OccupancyPermille = max(m.OccupancyPermille, int(r.OccupancyPermille))
@@ -187,10 +196,14 @@ func (m *MovementView) add(d traffic.Detector, r *traffic.Reading) {
 		m.Counted = true
 		m.Vehicles += int(r.Vehicles)
 		m.Halted += int(r.Halted)
+		if d.Kind == traffic.Area && !own {
+			m.Upstream += int(r.Vehicles)
+			m.UpstreamHalted += int(r.Halted)
+		}
 		m.Present = m.Present || r.Halted > 0 || r.HeadWaitMS > 0
 		if d.Kind == traffic.Oracle {
 			m.Departed += int(r.Count)
-			m.Ahead = r.Ahead
+			m.Ahead, m.Oracle = r.Ahead, true
 		}
 	case traffic.StopLine:
 		m.Departed += int(r.Count)
@@ -213,6 +226,7 @@ func (v *View) exit(j *traffic.Junction, d traffic.Detector, r *traffic.Reading)
 		if m.To == d.Lane {
 			v.Movements[i].ExitVehicles += int(r.Vehicles)
 			v.Movements[i].ExitHalted += int(r.Halted)
+			v.Movements[i].ExitPassed += int(r.Count)
 			v.Movements[i].ExitCapacity += room
 		}
 	}

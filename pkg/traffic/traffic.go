@@ -78,6 +78,9 @@ type Lane struct {
 	// empty at the edge of the network.
 	From JunctionID `json:"from,omitempty"`
 	To   JunctionID `json:"to,omitempty"`
+	// AheadCM is how far it is from the lane's start to To's stop line, also
+	// where lanes lie in between. 0: not known.
+	AheadCM int64 `json:"ahead_cm,omitempty"`
 }
 
 // GroupKind says whom a signal group is for.

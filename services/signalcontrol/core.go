@@ -51,6 +51,8 @@ type CoreConfig struct {
 	Policy, PolicyVersion string
 	Controller            timing.Controller
 	Rules                 timing.Rules
+	// Isolated: junctions do not plan with what their neighbours announce.
+	Isolated bool
 }
 
 // Validate reports everything that is wrong, each with its field.
@@ -70,10 +72,14 @@ func (c CoreConfig) Validate() error {
 
 // Core decides for all junctions of a district. Not safe for concurrent use.
 type Core struct {
-	cfg    CoreConfig
-	memory map[traffic.JunctionID]timing.Memory
-	last   map[traffic.JunctionID]uint64 // newest command's seq
-	health healthState
+	cfg      CoreConfig
+	memory   map[traffic.JunctionID]timing.Memory
+	last     map[traffic.JunctionID]uint64 // newest command's seq
+	health   healthState
+	// announced are each junction's newest outflow and the one before: neighbours
+	// plan with the newest from before their own frame, whatever the order within
+	// a block.
+	announced map[traffic.JunctionID][2]timing.Outflow
 }
 
 // NewCore returns a Core that remembers nothing.
@@ -82,7 +88,8 @@ func NewCore(c CoreConfig) (*Core, error) {
 		return nil, fmt.Errorf("signal-control: %w", err)
 	}
 	return &Core{cfg: c, memory: map[traffic.JunctionID]timing.Memory{}, last: map[traffic.JunctionID]uint64{},
-		health: healthState{monitors: map[traffic.JunctionID]*health.Monitor{}, last: map[traffic.JunctionID]uint64{}}}, nil
+		announced: map[traffic.JunctionID][2]timing.Outflow{},
+		health:    healthState{monitors: map[traffic.JunctionID]*health.Monitor{}, last: map[traffic.JunctionID]uint64{}}}, nil
 }
 
 // Order is one command with its signed envelope.
@@ -161,8 +168,15 @@ func (c *Core) Commands(now time.Time, height ledger.Height, frames []*traffic.F
 }
 
 func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, f *traffic.Frame) (traffic.Command, error) {
-	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], c.view(j, f))
+	v := c.view(j, f)
+	if !c.cfg.Isolated {
+		v.Inflow = timing.Inflows(j, f.Time, c.heard(j))
+	}
+	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], v)
 	c.memory[j.ID] = m
+	if !c.cfg.Isolated {
+		c.keep(timing.Announce(j, m))
+	}
 	if d.Stage < 0 || d.Stage >= len(j.Stages) {
 		return traffic.Command{}, fmt.Errorf("controller %s wants stage %d of %d", c.cfg.Controller.Name, d.Stage, len(j.Stages))
 	}

@@ -43,6 +43,9 @@ const (
 
 	// halted is the speed below which SUMO takes a vehicle as standing, m/s.
 	halted = 0.1
+	// boxSlow is the speed below which a vehicle within the junction counts as
+	// halted there: it will not be out by itself in time.
+	boxSlow = 4.0
 )
 
 // A stretch is a part of one lane before a signal.
@@ -65,18 +68,6 @@ func placeDetectors(n *network, j *traffic.Junction, sensing Sensing) {
 	} else {
 		n.placeApproaches(j)
 	}
-	for i, m := range j.Movements {
-		if inside := n.inside(m); len(inside) > 0 {
-			length := 0.0
-			for _, l := range inside {
-				length += n.lanes[l].length
-			}
-			j.Detectors = append(j.Detectors, traffic.Detector{
-				ID:   traffic.DetectorID(fmt.Sprintf("box:%d:%s>%s", m.Group, m.From, m.To)),
-				Kind: traffic.Box, Lane: m.From, LengthCM: max(1, centi(length)), Movements: []int{i}, Group: -1,
-			})
-		}
-	}
 	for _, l := range j.Lanes {
 		var ms []int
 		for i, m := range j.Movements {
@@ -89,6 +80,37 @@ func placeDetectors(n *network, j *traffic.Junction, sensing Sensing) {
 				ID: "exit:" + traffic.DetectorID(l.ID), Kind: traffic.ExitArea, Lane: l.ID,
 				LengthCM: min(l.LengthCM, centi(exitReach)), Movements: ms, Group: -1,
 			})
+		}
+	}
+	n.placeBoxes(j, sensing)
+}
+
+// placeBoxes has the junction's inside watched: an oracle knows each vehicle's
+// movement there, a city's camera which approach lane it came from.
+func (n *network) placeBoxes(j *traffic.Junction, sensing Sensing) {
+	for i, m := range j.Movements {
+		id, ms := fmt.Sprintf("box:%d:%s>%s", m.Group, m.From, m.To), []int{i}
+		if sensing == SensingDetectors {
+			id, ms = fmt.Sprintf("box:%s", m.From), nil
+			for k, o := range j.Movements {
+				if o.From == m.From {
+					ms = append(ms, k)
+				}
+			}
+			if ms[0] != i {
+				continue
+			}
+		}
+		length := 0.0
+		for _, k := range ms {
+			own := 0.0
+			for _, l := range n.inside(j.Movements[k]) {
+				own += n.lanes[l].length
+			}
+			length = max(length, own)
+		}
+		if length > 0 {
+			j.Detectors = append(j.Detectors, traffic.Detector{ID: traffic.DetectorID(id), Kind: traffic.Box, Lane: m.From, LengthCM: max(1, centi(length)), Movements: ms, Group: -1})
 		}
 	}
 }
@@ -348,8 +370,10 @@ func newField(n *network, js []*traffic.Junction) *field {
 				f.areas[lane] = append(f.areas[lane], s)
 			case traffic.Box:
 				s.loop = true // nothing of it is a share of a length
-				for _, l := range n.inside(j.Movements[d.Movements[0]]) {
-					f.boxes[l] = append(f.boxes[l], s)
+				for _, m := range d.Movements {
+					for _, l := range n.inside(j.Movements[m]) {
+						f.boxes[l] = append(f.boxes[l], s)
+					}
 				}
 			case traffic.Oracle:
 				m := j.Movements[d.Movements[0]]
@@ -431,6 +455,9 @@ func (f *field) stand(v *vehicle) {
 	}
 	for _, s := range f.boxes[v.lane] {
 		s.see(v, 0)
+		if v.speed >= halted && v.speed < boxSlow {
+			s.halted++
+		}
 	}
 	if o := v.oracle; o != nil && v.ahead.dist <= oracleReach {
 		o.see(v, v.ahead.dist)

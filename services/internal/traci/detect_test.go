@@ -166,8 +166,9 @@ func TestOracleKnowsTheMovement(t *testing.T) {
 	})
 	through, left, west := traffic.DetectorID("oracle:10:WA_1>AM_1"), traffic.DetectorID("oracle:11:WA_2>AN_1"), traffic.DetectorID("oracle:4:BA_1>AW_1")
 	s.check(s.read(),
-		traffic.Reading{Detector: through, Vehicles: 2, Halted: 1, HeadWaitMS: 1000, Priority: traffic.Emergency},
-		traffic.Reading{Detector: left, Vehicles: 1},
+		traffic.Reading{Detector: through, Vehicles: 2, Halted: 1, HeadWaitMS: 1000, Priority: traffic.Emergency,
+			Ahead: []traffic.Approach{{DistanceCM: 80}, {DistanceCM: 1280, SpeedCMS: 500}}},
+		traffic.Reading{Detector: left, Vehicles: 1, Ahead: []traffic.Approach{{DistanceCM: 2280, SpeedCMS: 500}}},
 		traffic.Reading{Detector: west})
 	s.tick(map[string]place{
 		"amb":  {":A_10_0", 7, 8, nextSignal{"beta", 4, 150}},
@@ -176,9 +177,10 @@ func TestOracleKnowsTheMovement(t *testing.T) {
 		"far":  {"BA_1", 6, 5, to(4, 196)},
 	})
 	s.check(s.read(),
-		traffic.Reading{Detector: through, Count: 1, SpeedCMS: 800, Vehicles: 1},
-		traffic.Reading{Detector: left, Vehicles: 1},
-		traffic.Reading{Detector: west, Vehicles: 1})
+		traffic.Reading{Detector: through, Count: 1, SpeedCMS: 800, Vehicles: 1, Ahead: []traffic.Approach{{DistanceCM: 480, SpeedCMS: 500}}},
+		traffic.Reading{Detector: left, Vehicles: 1, Ahead: []traffic.Approach{{DistanceCM: 1480, SpeedCMS: 500}}},
+		traffic.Reading{Detector: west, Vehicles: 1, Ahead: []traffic.Approach{{DistanceCM: 19600, SpeedCMS: 500}}},
+		traffic.Reading{Detector: "box:10:WA_1>AM_1", Vehicles: 1, OccupancyPermille: 1000})
 	// The last signal of a way counts as well.
 	s.tick(map[string]place{"left": {":A_16_0", 3, 6, nextSignal{}}})
 	s.check(s.read(), traffic.Reading{Detector: left, Count: 1, SpeedCMS: 600}, traffic.Reading{Detector: through})

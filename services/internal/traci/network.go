@@ -260,12 +260,17 @@ func (n *network) addMovements(j *traffic.Junction, held []int, plan derivedPlan
 		if r := roles[l]; r.in {
 			t.To = j.ID
 		} else {
-			t.To = traffic.JunctionID(n.trace(l, false))
+			id, far := n.trace(l, false)
+			t.To = traffic.JunctionID(id)
+			if id != "" {
+				t.AheadCM = centi(lane.length + far)
+			}
 		}
 		if r := roles[l]; r.out {
 			t.From = j.ID
 		} else {
-			t.From = traffic.JunctionID(n.trace(l, true))
+			id, _ := n.trace(l, true)
+			t.From = traffic.JunctionID(id)
 		}
 		j.Lanes = append(j.Lanes, t)
 	}
@@ -274,8 +279,9 @@ func (n *network) addMovements(j *traffic.Junction, held []int, plan derivedPlan
 func centi(m float64) int64 { return int64(math.Round(m * 100)) }
 
 // trace follows a lane to the nearest signal within a kilometre, upstream or
-// downstream, and returns its id or nothing.
-func (n *network) trace(lane int, upstream bool) string {
+// downstream, and returns its id or nothing, and how long the lanes in between
+// are that come after the first.
+func (n *network) trace(lane int, upstream bool) (string, float64) {
 	type stop struct {
 		lane int
 		far  float64
@@ -295,7 +301,7 @@ func (n *network) trace(lane int, upstream bool) string {
 		for _, i := range n.touching(at.lane, upstream) {
 			l := n.links[i]
 			if l.tls != "" {
-				return l.tls
+				return l.tls, at.far
 			}
 			next := l.to
 			if upstream {
@@ -308,7 +314,7 @@ func (n *network) trace(lane int, upstream bool) string {
 			}
 		}
 	}
-	return ""
+	return "", 0
 }
 
 // touching lists the links that lead away from a lane, or to it, and begin on

@@ -118,7 +118,7 @@ func TestGroupsLanesAndMovements(t *testing.T) {
 	}
 	for _, want := range []traffic.Lane{
 		{ID: "WA_1", LengthCM: 14280, SpeedCMS: 1389, Capacity: 19, To: "alpha"},
-		{ID: "AM_1", LengthCM: 11880, SpeedCMS: 1389, Capacity: 15, From: "alpha", To: "beta"},
+		{ID: "AM_1", LengthCM: 11880, SpeedCMS: 1389, Capacity: 15, From: "alpha", To: "beta", AheadCM: 13760},
 		{ID: "BA_1", LengthCM: 14560, SpeedCMS: 1389, Capacity: 19, From: "beta", To: "alpha"},
 		{ID: "AW_1", LengthCM: 14280, SpeedCMS: 1389, Capacity: 19, From: "alpha"},
 	} {
@@ -271,8 +271,8 @@ func TestDetectorsArePlaced(t *testing.T) {
 		if i < len(o.Movements) && (d.Kind != traffic.Oracle || !reflect.DeepEqual(d.Movements, []int{i})) {
 			t.Errorf("detector %d: got %+v, want the oracle of movement %d", i, d, i)
 		}
-		if i >= len(o.Movements) && d.Kind != traffic.ExitArea {
-			t.Errorf("detector %d: got %s, want exit areas after the oracles", i, d.Kind)
+		if i >= len(o.Movements) && d.Kind != traffic.ExitArea && d.Kind != traffic.Box {
+			t.Errorf("detector %d: got %s, want exit areas and boxes after the oracles", i, d.Kind)
 		}
 	}
 }
