@@ -70,9 +70,23 @@
 //	group validators <q> <name>...
 //	quorum validators
 //
+// and, where neighbouring districts must have cosigned too, in the place of the
+// last line
+//
+//	witness <name> <vkey> <url>      for each neighbour
+//	group neighbours <k> <name>...
+//	group district all validators neighbours
+//	quorum district
+//
 // [ParsePolicy] says what it refuses beyond the specification. A checkpoint that
 // meets the policy is sealed. Everything under it existed no later than the
 // (f+1)-th smallest time among the cosignatures that count.
+//
+// When the validators change, others take the place of the group validators, and
+// the rest of the policy stays. A checkpoint is for those who decided the last of
+// its blocks: the one after the block that changed them is cosigned by those before,
+// every later one by those after. Who pinned genesis and the first policy follows
+// the changes through a [SuccessionProof], which the log serves as /succession.
 //
 // # Evidence bundle
 //

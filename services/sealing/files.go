@@ -3,6 +3,7 @@ package sealing
 import (
 	"errors"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -157,26 +158,32 @@ func (f *files) writeTiles(tiles []ledger.TileFile) error {
 	return f.syncDirs(dirty)
 }
 
-// syncDirs syncs folders, those further down first.
+// syncDirs syncs folders, in any order: nothing that is in them is relied on before
+// all are.
 func (f *files) syncDirs(dirty map[string]bool) error {
-	dirs := make([]string, 0, len(dirty))
-	for d := range dirty {
-		dirs = append(dirs, d)
+	var g errgroup.Group
+	g.SetLimit(parallel)
+	for _, d := range slices.Sorted(maps.Keys(dirty)) {
+		if f.inTurn {
+			if err := f.syncDir(d); err != nil {
+				return err
+			}
+			continue
+		}
+		g.Go(func() error { return f.syncDir(d) })
 	}
-	slices.SortFunc(dirs, func(a, b string) int { return len(b) - len(a) })
-	for _, d := range dirs {
-		if err := f.hook("syncdir", d); err != nil {
-			return err
-		}
-		h, err := os.Open(d)
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(h.Sync(), h.Close()); err != nil {
-			return err
-		}
+	return g.Wait()
+}
+
+func (f *files) syncDir(dir string) error {
+	if err := f.hook("syncdir", dir); err != nil {
+		return err
 	}
-	return nil
+	h, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(h.Sync(), h.Close())
 }
 
 func (f *files) remove(path string) error {
