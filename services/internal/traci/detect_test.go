@@ -180,7 +180,7 @@ func TestOracleKnowsTheMovement(t *testing.T) {
 		traffic.Reading{Detector: through, Count: 1, SpeedCMS: 800, Vehicles: 1, Ahead: []traffic.Approach{{DistanceCM: 480, SpeedCMS: 500}}},
 		traffic.Reading{Detector: left, Vehicles: 1, Ahead: []traffic.Approach{{DistanceCM: 1480, SpeedCMS: 500}}},
 		traffic.Reading{Detector: west, Vehicles: 1, Ahead: []traffic.Approach{{DistanceCM: 19600, SpeedCMS: 500}}},
-		traffic.Reading{Detector: "box:10:WA_1>AM_1", Vehicles: 1, OccupancyPermille: 1000})
+		traffic.Reading{Detector: "box:10:WA_1>AM_1", Vehicles: 1, OccupancyPermille: 1000, Priority: traffic.Emergency})
 	// The last signal of a way counts as well.
 	s.tick(map[string]place{"left": {":A_16_0", 3, 6, nextSignal{}}})
 	s.check(s.read(), traffic.Reading{Detector: left, Count: 1, SpeedCMS: 600}, traffic.Reading{Detector: through})
