@@ -113,16 +113,6 @@ func (s *stream) lose(from, to uint64, at Problem) *hole {
 	return h
 }
 
-// hole returns the hole that a record is in.
-func (s *stream) hole(n uint64) *hole {
-	for _, h := range s.holes {
-		if n >= h.from && n < h.to {
-			return h
-		}
-	}
-	return nil
-}
-
 // record returns the next record that can be read, ok false at the end.
 func (s *stream) record() (r rec, ok bool, err error) {
 	for {
