@@ -172,7 +172,7 @@ func fsckDamage(t *testing.T, data string) {
 			t.Fatal(err)
 		}
 	}
-	for _, kind := range []string{"log", "log/blocks", "log/checkpoints", "log/tile/0", "log/tile/entries", "payload/record"} {
+	for _, kind := range []string{"log", "log/blocks", "log/checkpoints", "log/tile/0", "log/tile/entries", "payload/control", "payload/readings"} {
 		if kinds[kind] == 0 {
 			t.Errorf("no file under %s was damaged; got %v", kind, kinds)
 		}

@@ -10,8 +10,9 @@ import (
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/retention"
 	"github.com/stopline-traffic/stopline/pkg/validate"
-	"github.com/stopline-traffic/stopline/services/internal/seglog"
+	"github.com/stopline-traffic/stopline/services/internal/payload"
 )
 
 // poster is a device's own process: it posts frame after frame and keeps the
@@ -74,11 +75,12 @@ func (p *poster) end() {
 func payloads(t *testing.T, data string) map[string]int {
 	t.Helper()
 	n := map[string]int{}
-	err := seglog.Check(filepath.Join(data, "payload", "record"), func(i uint64, rec []byte) error {
-		p, err := ledger.ParsePayload(rec)
-		if err != nil {
-			return err
-		}
+	d, err := payload.OpenReader(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = d.Close() }()
+	err = d.Scan(0, func(_ retention.Class, p *ledger.Payload) error {
 		n[string(p.Envelope)]++
 		return nil
 	})

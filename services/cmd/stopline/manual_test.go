@@ -23,7 +23,12 @@ func TestManualPages(t *testing.T) {
 		"replay":    {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},
 		"measures":  {"--measure NAMES", "Default: all", "--config FILE", "--bin LENGTH", "Default: 15m0s", "--format FORM", "Default: csv", "--out DIR", "--red-occupancy SHARE", "Default: 0.8", "EXIT STATUS"},
 		"registry":  {"registry show [TYPE [ID]]", "--blocks BLOCKS", "Default: 5000000", "--file FILE", "--id ID", "--json", "--key FILE", "--out FILE", "--revoke", "--type TYPE", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
+		"retention": {"retention due", "--dry-run", "--json"},
+		"hold":      {"hold place", "--case CASE", "--by WHO", "--classes CLASSES", "--junctions JUNCTIONS", "--devices DEVICES", "--leaves LEAVES", "--from TIME", "--to TIME", "--id ID", "--out FILE", "--key FILE", "--url URL"},
+		"redact":    {"redact bases", "--leaf INDEX", "--basis CODE", "--reference TEXT", "--data DIR", "--commitment HEX", "--out FILE", "--key FILE", "--url URL"},
 		"token":     {"--data DIR", "--device ID", "--for DURATION", "Default: 24h0m0s", "--json"},
+		"witness":   {"--config FILE", "--check", "--write-config DIR", "--name NAME", "--log VKEY", "--listen ADDRESS", "Default: 127.0.0.1:7380", "/add-checkpoint"},
+		"log":       {"log check", "--genesis FILE", "--policy FILE", "--seen FILE", "EXIT STATUS"},
 		"version":   {},
 	}
 	option := regexp.MustCompile(`(?m)^    --[a-z-]+( [A-Z]+)?\n        \S`)
@@ -93,6 +98,9 @@ func TestWrongUsage(t *testing.T) {
 		{[]string{"fsck", "a", "b"}, "got 2 arguments"},
 		{[]string{"measures"}, "a log is needed"},
 		{[]string{"consensus"}, "either --config or --write-config"},
+		{[]string{"witness"}, "either --config or --write-config"},
+		{[]string{"log", "check", "http://127.0.0.1:1"}, "--genesis and one URL"},
+		{[]string{"demo", "--need-witnesses", "1"}, "there are 0 of --witness"},
 		{[]string{"consensus", "--config", "x", "--nats", "y"}, "only with --write-config"},
 		{[]string{"consensus", "--write-config", "x", "--nats", "y"}, "needs --data and --nats"},
 		{[]string{"demo", "--external-validators"}, "--external-validators: needs --nats"},

@@ -350,7 +350,9 @@ func TestRedaction(t *testing.T) {
 		}
 		// The district goes on writing: what was not there yet when it was looked for
 		// is none of ours.
-		return !slices.ContainsFunc(r.Problems, func(p ledger.Problem) bool { return strings.Contains(p.Rule, "receipt") || strings.Contains(p.File, "payload/readings") })
+		return !slices.ContainsFunc(r.Problems, func(p ledger.Problem) bool {
+			return strings.Contains(p.Rule, "receipt") || strings.Contains(p.File, "payload/readings")
+		})
 	})
 }
 
