@@ -168,7 +168,7 @@ func TestAsk(t *testing.T) {
 	}{
 		{"new to it", func(*fakeWitness) {}, 0, "", 1},
 		{"it knows more than we thought", func(f *fakeWitness) { f.size, f.hash = at(1) }, 0, "", 2},
-		{"it knows less than we thought", func(f *fakeWitness) { f.size, f.hash = at(0) }, uint64(c.Blocks[2].Header.Size), "", 2},
+		{"it knows less than we thought", func(f *fakeWitness) { f.size, f.hash = at(0) }, c.Blocks[2].Header.Size, "", 2},
 		{"as we thought", func(f *fakeWitness) { f.size, f.hash = at(1) }, c.Blocks[1].Header.Size, "", 1},
 		{"the same again", func(f *fakeWitness) { f.size, f.hash = at(3) }, c.Blocks[3].Header.Size, "", 1},
 		{"it lost everything", func(*fakeWitness) {}, c.Blocks[1].Header.Size, "", 2},

@@ -146,7 +146,7 @@ func TestProtocol(t *testing.T) {
 		}
 		return b
 	}
-	empty := ledger.Hash(sha256.Sum256(nil))
+	empty := sha256.Sum256(nil)
 	many := make([]tlog.Hash, 64)
 	mine, body := string(seal(c, 4)), c.Blocks[4].Header.Checkpoint(d.Origin).Body()
 	forged, err := note.Sign(&note.Note{Text: c.Blocks[5].Header.Checkpoint(d.Origin).Body()}, stranger.LogSigner())

@@ -72,7 +72,7 @@ received (agreed), and until a checkpoint that covers it was sealed (sealed).`,
 		fs.StringVar(&o.grpc.key, "grpc-key", "", "`FILE` with its PEM key")
 		fs.StringVar(&o.grpc.clientCA, "grpc-client-ca", "", "`FILE` with the PEM certificates by which gateways must be known")
 		o.mqtt.flags(fs)
-		fs.Func("witness", "have a witness cosign the log: its verifier key and URL, joined by @, `VKEY@URL`;\nmay be given several times (see stopline witness)", func(s string) error {
+		fs.Func("witness", "have `WITNESS` cosign the log: its verifier key and its URL, joined by @;\nmay be given several times (see stopline witness)", func(s string) error {
 			w, err := parseWitness(s)
 			o.witnesses = append(o.witnesses, w)
 			return err

@@ -59,7 +59,7 @@ prints the line that a district's policy needs.`,
 		name := fs.String("name", "", "with --write-config: `NAME` of the key")
 		addr := fs.String("listen", "127.0.0.1:7380", "with --write-config: `ADDRESS` to listen on")
 		var logs []string
-		fs.Func("log", "with --write-config: verifier key `VKEY` of a log to cosign, whose origin is the key's name", func(s string) error {
+		fs.Func("log", "with --write-config: a log to cosign, by its verifier key `VKEY`", func(s string) error {
 			logs = append(logs, s)
 			return nil
 		})
@@ -231,7 +231,7 @@ func writeWitness(dir, name, addr string, vkeys []string, out io.Writer) error {
 	return errors.Join(err, x.Close())
 }
 
-// parseWitness decodes VKEY@URL.
+// parseWitness decodes a verifier key and a URL, joined by @.
 func parseWitness(s string) (ledger.Witness, error) {
 	vkey, url, ok := strings.Cut(s, "@")
 	if u, err := neturl.Parse(url); !ok || err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
