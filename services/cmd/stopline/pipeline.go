@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -15,6 +16,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/decided"
 	"github.com/stopline-traffic/stopline/services/internal/district"
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 	"github.com/stopline-traffic/stopline/services/roadside"
@@ -32,12 +34,20 @@ type pipeline struct {
 	err    error         // why; read after done
 	units  map[traffic.JunctionID]*roadside.Unit
 	orders chan traffic.Command
+	attack *attack
+	// silent are junctions that had no decision in their last step: nobody waits
+	// long for them again until they have. Owned by decide.
+	silent map[traffic.JunctionID]bool
+	words  atomic.Pointer[flags]
 	stops  []func()
 }
 
 // staleWait is how long of our own time a step waits for its decisions; then
 // those missing are declared stale and the street goes on without them.
 const staleWait = 10 * time.Second
+
+// silentWait is how long for those that had none the last time either.
+const silentWait = 20 * time.Millisecond
 
 func newPipeline(ctx context.Context, id traffic.DistrictID, defs []*traffic.Junction, clock *simClock, core signalcontrol.CoreConfig, keep string, log *slog.Logger) (*pipeline, error) {
 	if _, err := os.Stat(filepath.Join(keep, "genesis.json")); keep != "" && err == nil {
@@ -58,6 +68,7 @@ func newPipeline(ctx context.Context, id traffic.DistrictID, defs []*traffic.Jun
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
 	p := &pipeline{local: l, dir: dir, keep: keep, clock: clock, stop: stop, done: make(chan struct{}),
 		units: map[traffic.JunctionID]*roadside.Unit{}, orders: make(chan traffic.Command, 4*len(defs)+16)}
+	l.street.onBlock = p.block
 	go func() {
 		defer close(p.done)
 		p.err = l.run(run)
@@ -75,7 +86,7 @@ func (p *pipeline) attach(units []*roadside.Unit, defs []*traffic.Junction) erro
 	for i, u := range units {
 		j := defs[i].ID
 		p.units[j] = u
-		stop, err := p.street.bus.Listen(topic.Command(p.district.Genesis.District, j), "", func(m *nats.Msg) { p.command(u, m.Data) })
+		stop, err := p.street.bus.Listen(topic.Command(p.district.Genesis.District, j), "", func(m *nats.Msg) { p.command(j, u, m.Data) })
 		if err != nil {
 			return err
 		}
@@ -86,8 +97,8 @@ func (p *pipeline) attach(units []*roadside.Unit, defs []*traffic.Junction) erro
 
 // command gives an envelope to its unit, whose checks are those of the live
 // system, and tells the step that waits for it.
-func (p *pipeline) command(u *roadside.Unit, envelope []byte) {
-	if res := u.Command(p.clock.now(), envelope); !res.Applied {
+func (p *pipeline) command(j traffic.JunctionID, u *roadside.Unit, envelope []byte) {
+	if res := u.Command(p.attack.clock(j, p.clock.now()), envelope); !res.Applied {
 		return // counted by the unit; the step becomes stale
 	}
 	var salt [32]byte
@@ -116,7 +127,13 @@ func (p *pipeline) decide(ctx context.Context, now time.Time, frames []unitFrame
 	}
 	commands := make([]traffic.Command, len(frames))
 	have := make([]bool, len(frames))
-	stale := time.NewTimer(staleWait)
+	patience := silentWait
+	for _, f := range frames {
+		if !p.silent[f.frame.Junction] {
+			patience = staleWait
+		}
+	}
+	stale := time.NewTimer(patience)
 	defer stale.Stop()
 wait:
 	for len(waiting) > 0 {
@@ -125,6 +142,10 @@ wait:
 			if i, ok := waiting[c.RestsOn]; ok {
 				commands[i], have[i] = c, true
 				delete(waiting, c.RestsOn)
+				if patience == staleWait && p.onlySilent(waiting, frames) {
+					patience = silentWait
+					stale.Reset(silentWait)
+				}
 			}
 		case err := <-refused:
 			return nil, fmt.Errorf("a frame was not stored: %w", err)
@@ -136,6 +157,9 @@ wait:
 			return nil, ctx.Err()
 		}
 	}
+	for i, f := range frames {
+		p.silent[f.frame.Junction] = !have[i]
+	}
 	// In the order of the frames, whatever the order they came in.
 	n := 0
 	for i := range commands {
@@ -145,6 +169,40 @@ wait:
 		}
 	}
 	return commands[:n], nil
+}
+
+// onlySilent reports whether nobody is waited for who had a decision last time.
+func (p *pipeline) onlySilent(waiting map[traffic.FrameKey]int, frames []unitFrame) bool {
+	for _, i := range waiting {
+		if !p.silent[frames[i].frame.Junction] {
+			return false
+		}
+	}
+	return len(waiting) > 0
+}
+
+// block passes on what a block says of detectors' health.
+func (p *pipeline) block(b *decided.Block) {
+	seen := p.words.Load()
+	if seen == nil {
+		return
+	}
+	for i := range b.Records {
+		if r := &b.Records[i]; r.Accepted {
+			if c := wire.Candidate(r.Raw, r.Salt[:]); c.Health != nil {
+				seen.see(c.Health)
+			}
+		}
+	}
+}
+
+// watch hears what is sealed of detectors' health.
+func (p *pipeline) watch(a *attack, seen *flags) {
+	p.attack, p.silent = a, map[traffic.JunctionID]bool{}
+	if a == nil {
+		return
+	}
+	p.words.Store(seen)
 }
 
 func (p *pipeline) close() error {

@@ -49,7 +49,8 @@ Sensing:     detectors (loops and areas placed at each approach) or oracle
 
 delay_s is the mean over all trips of time lost plus time waited before
 entering; a trip that never entered counts from its planned departure to the
-end.`,
+end.
+` + attackManual,
 	flags: func(fs *flag.FlagSet) func(context.Context, []string, streams) error {
 		o := simulateOptions{}
 		fs.StringVar(&o.config, "config", "", "`FILE` .sumocfg, or city for the built-in one")
@@ -62,6 +63,9 @@ end.`,
 		fs.DurationVar(&o.length, "for", 0, "simulate at most this long, for instance 10m; 0: to the scenario's end\n(the city, which has none: 1h)")
 		fs.StringVar(&o.decisions, "decisions", "", "write each decision as one JSON line to `FILE`")
 		fs.StringVar(&o.data, "data", "", "with --pipeline: keep the district in folder `DIR`, which must be new")
+		fs.StringVar(&o.attack, "attack", "", "`NAME` of an attack on one junction")
+		fs.StringVar(&o.attackAt, "attack-at", "", "junction `ID` that is attacked; the first by default")
+		fs.DurationVar(&o.attackAfter, "attack-after", 5*time.Minute, "when the attack begins")
 		asJSON := fs.Bool("json", false, "print one JSON object")
 		quiet := fs.Bool("quiet", false, "no progress on standard error")
 		return func(ctx context.Context, args []string, s streams) error {
@@ -92,6 +96,8 @@ type simulateOptions struct {
 	pipeline                           bool
 	length                             time.Duration
 	data                               string
+	attack, attackAt                   string
+	attackAfter                        time.Duration
 	progress                           io.Writer
 	// observe is told of every decision; tests compare two runs by it.
 	observe func(decision)
@@ -120,6 +126,14 @@ type simulated struct {
 	StaleSteps     int    `json:"stale_steps"`
 	InterlockTrips uint64 `json:"interlock_trips"`
 	Refused        uint64 `json:"commands_refused"`
+	// Attack on a junction; FlaggedS is after how many seconds a word on the health
+	// of one of its detectors was said, and FlaggedRule which; the filed cycle is
+	// the measure for it.
+	Attack      string  `json:"attack,omitempty"`
+	FlaggedS    float64 `json:"flagged_s,omitempty"`
+	FlaggedRule string  `json:"flagged_rule,omitempty"`
+	CycleS      float64 `json:"cycle_s,omitempty"`
+	Fallbacks   uint64  `json:"fallbacks"`
 }
 
 // decider turns the frames of one step into commands that the units have taken.
@@ -127,6 +141,9 @@ type decider interface {
 	// decide returns when every junction has its decision, or has been declared
 	// stale; it returns the commands that came.
 	decide(ctx context.Context, now time.Time, frames []unitFrame) ([]traffic.Command, error)
+	// watch tells seen what is said of detectors, and lets the unit that is attacked
+	// have its own clock. It is called before the first step.
+	watch(a *attack, seen *flags)
 	close() error
 }
 
@@ -195,6 +212,12 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 	}
 	defer func() { err = errors.Join(err, d.close()) }()
 
+	atk, err := newAttack(o.attack, traffic.JunctionID(o.attackAt), w.Now().Add(o.attackAfter), defs)
+	if err != nil {
+		return simulated{}, err
+	}
+	seen := &flags{a: atk}
+	d.watch(atk, seen)
 	units := make([]*roadside.Unit, len(defs))
 	for i, j := range defs {
 		cab, err := w.cabinet(j.ID)
@@ -207,7 +230,7 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 		}
 		units[i], err = roadside.New(w.Now(), roadside.Config{
 			District: id, Junction: j, Device: district.DeviceID(j.ID), Key: k, BootEpoch: 1,
-			Commander: commander, Driver: cab, Rules: rules, Logger: log,
+			Commander: commander, Driver: atk.on(j, cab, w.Now), Rules: rules, Logger: log,
 		})
 		if err != nil {
 			return simulated{}, err
@@ -218,7 +241,7 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 			return simulated{}, err
 		}
 	}
-	res, err := lockstep(ctx, o, w, units, d, clock, length)
+	res, err := lockstep(ctx, o, w, units, d, clock, length, func(i int, now time.Time) time.Time { return atk.clock(defs[i].ID, now) })
 	if err != nil {
 		return simulated{}, err
 	}
@@ -227,6 +250,11 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 		c := u.Counters()
 		res.InterlockTrips += c.Trips
 		res.Refused += c.RefusedCommands()
+		res.Fallbacks += c.Fallbacks
+	}
+	if atk != nil {
+		res.Attack, res.CycleS = o.attack, atk.cycleOf(defs).Seconds()
+		res.FlaggedRule, res.FlaggedS = seen.found()
 	}
 	switch w := w.(type) {
 	case sumoWorld:
@@ -242,7 +270,7 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 
 // lockstep drives the world: each step's frames are decided on before the next
 // step is taken.
-func lockstep(ctx context.Context, o simulateOptions, w world, units []*roadside.Unit, d decider, clock *simClock, length time.Duration) (res simulated, err error) {
+func lockstep(ctx context.Context, o simulateOptions, w world, units []*roadside.Unit, d decider, clock *simClock, length time.Duration, unitClock func(int, time.Time) time.Time) (res simulated, err error) {
 	var lines *json.Encoder
 	if o.decisions != "" {
 		f, err := os.Create(o.decisions)
@@ -268,8 +296,8 @@ func lockstep(ctx context.Context, o simulateOptions, w world, units []*roadside
 		if now.Sub(lastFrame) >= frameEvery {
 			lastFrame = now
 			frames = frames[:0]
-			for _, u := range units {
-				e, f, err := u.Frame(now)
+			for i, u := range units {
+				e, f, err := u.Frame(unitClock(i, now))
 				if err != nil {
 					return res, err
 				}
@@ -293,8 +321,8 @@ func lockstep(ctx context.Context, o simulateOptions, w world, units []*roadside
 				}
 			}
 		}
-		for _, u := range units {
-			if _, err := u.Tick(now); err != nil {
+		for i, u := range units {
+			if _, err := u.Tick(unitClock(i, now)); err != nil {
 				return res, err
 			}
 		}
@@ -319,6 +347,9 @@ type direct struct {
 	defs map[traffic.JunctionID]*traffic.Junction
 	key  ed25519.PrivateKey
 	n    ledger.Height
+
+	attack *attack
+	seen   *flags
 }
 
 func newDirect(c signalcontrol.CoreConfig, defs []*traffic.Junction) (*direct, error) {
@@ -351,14 +382,19 @@ func (d *direct) decide(_ context.Context, now time.Time, frames []unitFrame) ([
 	if len(refused) > 0 {
 		return nil, kind.Errorf(kind.Internal, "junction %s: %s", refused[0].Junction, refused[0].Reason)
 	}
+	for _, h := range d.core.Health() {
+		d.seen.see(&h)
+	}
 	at := 0
 	for _, f := range frames {
 		if at < len(commands) && commands[at].Junction == f.frame.Junction {
-			f.unit.Obey(now, commands[at])
+			f.unit.Obey(d.attack.clock(f.frame.Junction, now), commands[at])
 			at++
 		}
 	}
 	return commands, nil
 }
+
+func (d *direct) watch(a *attack, seen *flags) { d.attack, d.seen = a, seen }
 
 func (d *direct) close() error { return nil }
