@@ -16,8 +16,10 @@ const (
 	// and by so much more when it fills it all.
 	crowdedFrom = 500
 	crowdedMost = 2_000
+	turnersFrom = 1_000_000
 	softRedMS   = 150_000
 	switchCost  = 0
+	switchQueue = 0   // for each standing vehicle
 	plannedUnit = 400 // weight of a vehicle that a neighbour is only about to let go
 )
 
@@ -56,11 +58,15 @@ func adaptive(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decision)
 			m, d = m.decide(k, fmt.Sprintf("adaptive: stage %d for an emergency vehicle", k))
 			break
 		}
+		if k, g := m.starving(j, r, v); k >= 0 {
+			m, d = m.decide(k, fmt.Sprintf("adaptive: stage %d, group %d has waited %d s", k, g, m.RedMS[g]/1000))
+			break
+		}
 		if len(p.arr) == 0 {
 			m, d = m.decide(at, fmt.Sprintf("adaptive: rest in stage %d, nobody is there", at))
 			break
 		}
-		p.search(at, switchCost)
+		p.search(at, switchCost+switchQueue*int64(p.standing()))
 		best := at
 		for k := range p.leave {
 			if k != at && p.leave[k]+p.margin < p.stay && (best == at || p.leave[k] < p.leave[best]) {
@@ -72,10 +78,46 @@ func adaptive(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decision)
 			m, d = m.decide(at, fmt.Sprintf("adaptive: stage %d stays", at))
 			break
 		}
+		if k := p.clears(v, at, best); k >= 0 {
+			m, d = m.decide(k, fmt.Sprintf("adaptive: stage %d before stage %d, for those who still stand in the junction", k, best))
+			break
+		}
 		m, d = m.decide(best, fmt.Sprintf("adaptive: stage %d saves %d vehicle-seconds", best, (p.stay-p.leave[best])/(1000*unit)))
 	}
 	p.announce(&m, v, d.Stage, next, leave)
 	return m, d
+}
+
+// clears returns the stage that protects those who still have to give way within
+// the junction, and whom the next stage would take their green from; -1 where
+// nobody does. Gridlock begins with turners whose way out others then cross.
+func (p *scratch) clears(v View, at, next int) int {
+	md := p.m
+	from, to := md.row(at), md.row(next)
+	best, most := -1, turnersFrom-1
+	for k := range md.stages {
+		row := md.row(k)
+		n := 0
+		for i := range v.Movements {
+			if from[i] == gives && to[i] == stop && row[i] == goes && !full(&v.Movements[i]) {
+				n += v.Movements[i].BoxSlow
+			}
+		}
+		if n > most {
+			best, most = k, n
+		}
+	}
+	return best
+}
+
+// standing is how many vehicles stand, of those that are there.
+func (p *scratch) standing() (n int) {
+	for i := range p.run {
+		if !p.run[i] {
+			n++
+		}
+	}
+	return n
 }
 
 // announce rolls out what was decided, and notes who is let go by it. A stage
@@ -124,7 +166,7 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 			p.end[l] = int32(len(p.arr))
 			continue
 		}
-		if oracle(v, lane) {
+		if exact(v, lane) {
 			p.seeOracle(m, v, l, dt)
 		} else {
 			p.seeDetectors(m, v, l)
@@ -265,14 +307,33 @@ func (m *Memory) own(md *model) {
 	}
 }
 
-// oracle reports whether all of a lane's movements have an oracle.
-func oracle(v View, lane *laneModel) bool {
+// exact reports whether each vehicle of a lane is known, with its movement.
+func exact(v View, lane *laneModel) bool {
 	for _, k := range lane.moves {
-		if !v.Movements[k].Oracle {
+		mv := &v.Movements[k]
+		if !mv.Oracle || mv.Recall || len(mv.Ahead) == 0 && mv.Vehicles > 0 {
 			return false
 		}
 	}
 	return true
+}
+
+// laneView is what detectors say of a lane as a whole.
+func laneView(v View, lane *laneModel) MovementView {
+	sum := v.Movements[lane.moves[0]]
+	for _, k := range lane.moves[1:] {
+		mv := &v.Movements[k]
+		sum.Known, sum.Recall = sum.Known && mv.Known, sum.Recall || mv.Recall
+		sum.Present = sum.Present || mv.Present
+		if mv.Shared <= 1 {
+			// Counted for each movement by itself.
+			sum.Vehicles += mv.Vehicles
+			sum.Halted += mv.Halted
+			sum.Departed += mv.Departed
+		}
+	}
+	sum.Vehicles, sum.Halted, sum.Departed = min(max(sum.Vehicles, 0), 1000), min(max(sum.Halted, 0), 1000), min(max(sum.Departed, 0), 20)
+	return sum
 }
 
 // seeOracle merges the vehicles of a lane's movements by their distance.

@@ -46,22 +46,13 @@ func (m *Memory) estimate(md *model, v View, dt int64) {
 			continue
 		}
 		e := &m.Lanes[l]
-		first := &v.Movements[lane.moves[0]]
+		all := laneView(v, lane)
 		green, anyGreen := true, false
 		for _, k := range lane.moves {
 			g := v.Signal.State.At(int(md.moves[k].group)).Go()
 			green, anyGreen = green && g, anyGreen || g
 		}
-		departed, known := 0, true
-		for _, k := range lane.moves {
-			mv := &v.Movements[k]
-			known = known && mv.Known && !mv.Recall
-			if mv.Shared <= 1 {
-				departed += min(mv.Departed, 20) // an oracle's: each its own
-			} else {
-				departed = max(departed, min(mv.Departed, 20))
-			}
-		}
+		departed, known := all.Departed, all.Known && !all.Recall
 		if known {
 			if e.Rate == 0 {
 				e.Rate = firstRate
@@ -77,9 +68,9 @@ func (m *Memory) estimate(md *model, v View, dt int64) {
 		}
 		e.Fluid = min(max(e.Fluid, 0), 30_000)
 		if known {
-			e.Fluid = min(e.Fluid, int64(first.Vehicles)*1000)
+			e.Fluid = min(e.Fluid, int64(all.Vehicles)*1000)
 		}
-		if first.Oracle {
+		if exact(v, lane) {
 			for _, k := range lane.moves {
 				for range min(v.Movements[k].Departed, 10) {
 					m.turned(lane, k)
@@ -92,10 +83,10 @@ func (m *Memory) estimate(md *model, v View, dt int64) {
 			continue
 		}
 		e.Left = min(e.Left+int64(departed)*1000, leftMost)
-		m.follow(md, v, l, departed, now)
+		m.follow(md, &all, l, now)
 		// Whoever stands at green first in line, and is taken to go where he may,
 		// goes somewhere else.
-		if len(e.Due) > 0 && first.Halted > 0 && first.Present && departed == 0 && anyGreen && e.Due[0].AtMS < now-2000 {
+		if len(e.Due) > 0 && all.Halted > 0 && all.Present && departed == 0 && anyGreen && e.Due[0].AtMS < now-2000 {
 			e.StuckMS += dt
 		} else {
 			e.StuckMS = 0
@@ -115,19 +106,15 @@ func (m *Memory) estimate(md *model, v View, dt int64) {
 }
 
 // follow keeps the list of who is on a lane in step with the counts.
-func (m *Memory) follow(md *model, v View, l, departed int, now int64) {
+func (m *Memory) follow(md *model, all *MovementView, l int, now int64) {
 	lane := &md.lanes[l]
 	e := &m.Lanes[l]
-	first := &v.Movements[lane.moves[0]]
-	due := e.Due
-	if departed > 0 {
-		due = due[min(departed, len(due)):]
-	}
-	n := min(laneCount(first, lane), expectedMost)
-	if !first.Counted {
+	due := e.Due[min(all.Departed, len(e.Due)):]
+	n := min(laneCount(all, lane), expectedMost)
+	if !all.Counted {
 		n = min(max(m.Queue[lane.moves[0]], 0), expectedMost)
 	}
-	if first.Present {
+	if all.Present {
 		n = max(n, 1)
 	}
 	if len(due) > n {
@@ -226,16 +213,12 @@ func (p *scratch) seeDetectors(m *Memory, v View, l int) {
 	md := p.m
 	lane := &md.lanes[l]
 	e := &m.Lanes[l]
-	first := &v.Movements[lane.moves[0]]
-	known := true
-	for _, k := range lane.moves {
-		known = known && v.Movements[k].Known && !v.Movements[k].Recall
-	}
-	if !known {
+	all := laneView(v, lane)
+	if !all.Known || all.Recall {
 		p.seeNothing(m, v, l)
 		return
 	}
-	halted := laneHalted(first, lane)
+	halted := laneHalted(&all, lane)
 	p.nf[l] = int32(min(max(e.StuckMS-stuckMS, 0), stuckMost))
 	for i := range e.Due {
 		d := &e.Due[i]

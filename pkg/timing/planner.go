@@ -17,7 +17,7 @@ const (
 	longestMS  = 40_000 // and one that has lasted so long
 	laterMS    = 0      // what a vehicle costs that is left over at the end, beside its wait
 	chain      = 3      // how many stages follow one another in a plan
-	waves      = 1      // how many more platoons a stage of a plan may wait for
+	waves      = 0      // how many more platoons a stage of a plan may wait for
 	nodesMost  = 4_000  // stages tried in one decision
 	unit       = 1_000  // weight of one vehicle
 	hysteresis = 500 * unit

@@ -62,6 +62,7 @@ end.
 		fs.BoolVar(&o.pipeline, "pipeline", false, "run through every service, in lockstep")
 		fs.DurationVar(&o.length, "for", 0, "simulate at most this long, for instance 10m; 0: to the scenario's end\n(the city, which has none: 1h)")
 		fs.StringVar(&o.decisions, "decisions", "", "write each decision as one JSON line to `FILE`")
+		fs.BoolVar(&o.isolated, "isolated", false, "junctions do not plan with what their neighbours announce")
 		fs.StringVar(&o.data, "data", "", "with --pipeline: keep the district in folder `DIR`, which must be new")
 		fs.StringVar(&o.attack, "attack", "", "`NAME` of an attack on one junction")
 		fs.StringVar(&o.attackAt, "attack-at", "", "junction `ID` that is attacked; the first by default")
@@ -93,6 +94,7 @@ type simulateOptions struct {
 	config, controller, rules, sensing string
 	seed                               int64
 	tripinfo, decisions                string
+	isolated                           bool
 	pipeline                           bool
 	length                             time.Duration
 	data                               string
@@ -101,6 +103,8 @@ type simulateOptions struct {
 	progress                           io.Writer
 	// observe is told of every decision; tests compare two runs by it.
 	observe func(decision)
+	// frames is shown the frames of each step before they are decided on.
+	frames func(now time.Time, frames []unitFrame)
 }
 
 // decision is what one junction was told at one step.
@@ -196,7 +200,7 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 	var d decider
 	var key func(traffic.JunctionID) (ed25519.PrivateKey, error)
 	var commander func(identity.KeyID) (ed25519.PublicKey, bool)
-	coreConfig := signalcontrol.CoreConfig{District: id, Policy: "simulate", PolicyVersion: "1", Controller: ctrl, Rules: rules}
+	coreConfig := signalcontrol.CoreConfig{District: id, Policy: "simulate", PolicyVersion: "1", Controller: ctrl, Rules: rules, Isolated: o.isolated}
 	if o.pipeline {
 		p, err := newPipeline(ctx, id, defs, clock, coreConfig, o.data, log)
 		if err != nil {
@@ -302,6 +306,9 @@ func lockstep(ctx context.Context, o simulateOptions, w world, units []*roadside
 					return res, err
 				}
 				frames = append(frames, unitFrame{u, f, e})
+			}
+			if o.frames != nil {
+				o.frames(now, frames)
 			}
 			commands, err := d.decide(ctx, now, frames)
 			if err != nil {
