@@ -105,11 +105,12 @@ const (
 	GatewayUser       = "gateway"
 	EdgeUser          = "edge"   // knows which devices MQTT lets in
 	StreetUser        = "street" // roadside units
+	EraserUser        = "eraser" // of sealing: takes what is redacted out of streams
 )
 
 // ServiceUsers lists the names that [ServicePermissions] knows.
 func ServiceUsers() []string {
-	return []string{AdminUser, IngestUser, ValidationUser, SignalControlUser, SealingUser, AuditUser, GatewayUser, EdgeUser, StreetUser}
+	return []string{AdminUser, IngestUser, ValidationUser, SignalControlUser, SealingUser, AuditUser, GatewayUser, EdgeUser, StreetUser, EraserUser}
 }
 
 // ServicePermissions returns what a service other than a validator may do.
@@ -140,11 +141,6 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 	case SealingUser:
 		p.follower(d)
 		p.publish(sub(d, "cosign", "*"), Seal(d), Seen(d, SealingUser), sub(d, "in", "deletion", SealingUser))
-		// What is redacted must leave the streams too.
-		for _, s := range []string{IngressStream, AcceptedStream, QuarantineStream, DecisionStream, DeadStream} {
-			p.reader(s)
-			p.api("STREAM.MSG.DELETE."+s, "CONSUMER.LIST."+s)
-		}
 	case AuditUser:
 		p.follower(d)
 		p.subscribe(Seal(d), SeenAll(d))
@@ -167,6 +163,11 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		p.follower(d)
 		p.subscribe(sub(d, "command", "*"), sub(d, "plan", "*"))
 		p.publish(StatusAll(d), InboxAll(d))
+	case EraserUser:
+		for _, s := range []string{IngressStream, AcceptedStream, QuarantineStream, DecisionStream, AccessStream, DeadStream} {
+			p.reader(s)
+			p.api("STREAM.MSG.DELETE."+s, "CONSUMER.LIST."+s)
+		}
 	default:
 		return Permissions{}, fmt.Errorf("topic: no service %q; there are %v", service, ServiceUsers())
 	}

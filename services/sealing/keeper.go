@@ -20,6 +20,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/retention"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/services/internal/bus"
 	"github.com/stopline-traffic/stopline/services/internal/erase"
 	"github.com/stopline-traffic/stopline/services/internal/payload"
 )
@@ -233,6 +234,14 @@ func (k *keeper) letGo(p *retention.Pending) error {
 // have reached a stream, and how much later than its block a copy.
 const streamSlack = time.Minute
 
+// eraser is the connection by which the streams are looked through.
+func (s *Service) eraser() *bus.Bus {
+	if s.c.Eraser != nil {
+		return s.c.Eraser
+	}
+	return s.c.Bus
+}
+
 // letGoStreams reports whether the streams hold nothing of a deletion's records any
 // more, and erases what was redacted.
 func (k *keeper) letGoStreams(ctx context.Context, reg *identity.Registry, p *retention.Pending) (bool, error) {
@@ -241,14 +250,14 @@ func (k *keeper) letGoStreams(ctx context.Context, reg *identity.Registry, p *re
 		if err != nil {
 			return false, err
 		}
-		ok, holds, err := erase.LetGo(ctx, k.s.c.Bus, last.Header.Time.Add(streamSlack))
+		ok, holds, err := erase.LetGo(ctx, k.s.eraser(), last.Header.Time.Add(streamSlack))
 		if err == nil && !ok {
 			k.s.log.Debug("sealing: stream still holds what was let go of", "stream", holds)
 		}
 		return ok, err
 	}
 	leaf := p.Receipt.Ranges[0].First
-	aged, _, err := erase.LetGo(ctx, k.s.c.Bus, time.UnixMilli(p.ErasedUnixMS))
+	aged, _, err := erase.LetGo(ctx, k.s.eraser(), time.UnixMilli(p.ErasedUnixMS))
 	if err != nil {
 		return false, err
 	}
@@ -261,7 +270,7 @@ func (k *keeper) letGoStreams(ctx context.Context, reg *identity.Registry, p *re
 		if since.After(time.Now()) { // the district's clock is not that of the streams
 			since = time.Time{}
 		}
-		r, err := erase.From(ctx, k.s.c.Bus, since, want)
+		r, err := erase.From(ctx, k.s.eraser(), since, want)
 		if err != nil {
 			return false, err
 		}

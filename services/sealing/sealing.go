@@ -59,6 +59,10 @@ type Config struct {
 	// go of.
 	Key    ed25519.PrivateKey
 	Sender *bus.Sender
+	// Eraser is a connection that may delete messages of the streams that carry
+	// payloads, which nobody else may: see [topic.EraserUser]. Bus where it is not
+	// given.
+	Eraser *bus.Bus
 	// KeepEvery is how often to look for payloads that are due. 1 min.
 	KeepEvery time.Duration
 	// Now is the district's clock. time.Now.

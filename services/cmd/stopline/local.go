@@ -249,8 +249,12 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	if err != nil {
 		return nil, err
 	}
+	eraser, err := l.connect(topic.EraserUser)
+	if err != nil {
+		return nil, err
+	}
 	if l.sealing, err = sealing.New(sealing.Config{
-		Key: sealingKey, Sender: sealingSender, KeepEvery: o.keepEvery,
+		Key: sealingKey, Sender: sealingSender, KeepEvery: o.keepEvery, Eraser: eraser,
 		Bus: b, Dir: o.dir, GenesisJSON: l.district.GenesisJSON, Policy: l.district.Policy, LogKey: l.district.LogKey, Now: o.now, Logger: o.log.With("service", "sealing"),
 		Witnesses: o.witnesses,
 	}); err != nil {

@@ -31,7 +31,7 @@ import (
 
 // Streams lists the streams that carry payloads.
 func Streams() []string {
-	return []string{topic.IngressStream, topic.AcceptedStream, topic.QuarantineStream, topic.DecisionStream, topic.DeadStream}
+	return []string{topic.IngressStream, topic.AcceptedStream, topic.QuarantineStream, topic.DecisionStream, topic.AccessStream, topic.DeadStream}
 }
 
 // Digest names an envelope.
@@ -137,7 +137,7 @@ func readUpTo(ctx context.Context, s jetstream.Stream, last uint64) (uint64, err
 // holds reports whether a message of a stream holds one of the envelopes.
 func holds(stream string, data []byte, envelopes map[Digest]bool) bool {
 	switch stream {
-	case topic.IngressStream, topic.AcceptedStream:
+	case topic.IngressStream, topic.AcceptedStream, topic.AccessStream:
 		return inBatch(data, envelopes)
 	case topic.DecisionStream:
 		return inBlock(data, envelopes)
