@@ -5,6 +5,33 @@
 // Nothing here reads a disk or a clock. Holders of payloads ask it what to let go
 // of, and say what they did in a [Receipt], which is sealed in the log; whoever
 // checks a folder asks [Explained] whether what is missing may be missing.
+//
+// # Receipt
+//
+// A receipt of deletion is a record of the kind deletion, in JSON:
+//
+//	format      "stopline deletion v1"
+//	district    the district
+//	holder      the signer: "sealing", or "validator-<number>" with its vote key
+//	reason      "retention" or "redaction"
+//	class       of the records; left out by who keeps all classes together
+//	ranges      [{"first", "last"}…] leaf indexes, rising: every record of the class
+//	            in them is gone at the holder
+//	count       how many were let go of, where the holder counts
+//	policy      hex of the SHA-256 of the registry's entry (package identity) that
+//	            asked for it: of the retention entry, or of the redaction
+//	at_unix_ms  when the last trace was gone
+//
+// It is the holder's word; who kept a copy kept it.
+//
+// # Tombstone
+//
+// A redaction is a record of the kind redaction: a change of the registry (see
+// package identity) that puts an entry of type redaction, whose id is the leaf's
+// index, with the leaf's commitment and the code of a legal basis, signed by
+// officials of two departments at least. It means nothing where the commitment is
+// not the leaf's, where the leaf comes after it, or where the record is one that
+// the registry needs.
 package retention
 
 import (

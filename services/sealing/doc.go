@@ -20,6 +20,7 @@
 //	DIR/log/tmp/           files being written
 //	DIR/payload/<class>/   envelopes and salts, apart, so that they can be let go:
 //	                       see services/internal/payload
+//	DIR/deletions/         deletions whose receipts are not in the log yet
 //
 // Journals and payloads are in the form of pkg/ledger/segment, their records in
 // that of [ledger.Decided], [ledger.SealedAt] and [ledger.Payload].
@@ -32,4 +33,14 @@
 // is begun, and each can be made again from those before. Starting up runs the
 // same functions as going on, so that a crash at any point leads to the same
 // bytes. A checkpoint never covers what is not on disk.
+//
+// # Letting go
+//
+// Payloads are let go of by the registry's retention entry and by redactions, in
+// steps that a crash may stop anywhere; keeper.go has their order. Each ends with
+// a receipt, signed by the service "sealing", in the log. It is given when the
+// streams, too, have let go: by age where a class was purged, and of single
+// records at once, off the server's disk, where one was redacted; then also every
+// validator has given its own receipt first, or the streams have let go by age of
+// all that a validator could have published before the record was erased here.
 package sealing
