@@ -35,6 +35,20 @@
 // each vehicle that it counts. A push button does not chatter; its count is of
 // calls that wait. What an oracle says is true by definition.
 //
+// # The rules by cycles
+//
+// They are our own, and need what the lamps show: frames tell it, a log of detector
+// events does not. Detectors at signals are found within three cycles by them where
+// the rules above take half an hour and more.
+//
+//   - [StuckOn]: occupied without a break, and without a count, through two whole
+//     greens. It ceases 10 min after the last such moment. A street that is blocked
+//     for so long looks the same; its movement is then served as the plan has it.
+//   - [StuckOff]: nothing at all through two whole greens, while another detector of
+//     the lane counted 8 vehicles more than fit in between. Where there is no other, 40
+//     must be missing by the rate of the half hour before: in real streets nobody
+//     comes for minutes. It ceases 30 s after something was seen.
+//
 // # The rule between neighbours
 //
 // What passes one detector of a lane passes the next one, and what enters a

@@ -8,7 +8,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 )
 
-const version = 1
+const version = 2
 
 // MarshalBinary returns what the monitor remembers: the same bytes for the same
 // memory. The definition is not part of it, only its digest is.
@@ -36,6 +36,9 @@ func (m *Monitor) MarshalBinary() ([]byte, error) {
 			for _, v := range [...]int64{t.to - c.from, t.to - c.to, c.n} {
 				b = binary.AppendVarint(b, v)
 			}
+		}
+		for _, v := range t.cycles.fields() {
+			b = binary.AppendVarint(b, *v)
 		}
 		for r := range rules {
 			if v := &t.verdicts[r]; v.failed {
@@ -79,7 +82,7 @@ func Restore(j *traffic.Junction, b []byte) (*Monitor, error) {
 	for i := range m.tracks {
 		t := &m.tracks[i]
 		flags := r.byte()
-		if flags >= 2<<len(rules) {
+		if int(flags) >= 2<<len(rules) {
 			r.bad = true
 		}
 		t.alive = flags&1 != 0
@@ -92,6 +95,9 @@ func Restore(j *traffic.Junction, b []byte) (*Monitor, error) {
 		}
 		for ; n > 0 && !r.bad; n-- {
 			t.counts = append(t.counts, counted{t.to - r.varint(), t.to - r.varint(), r.varint()})
+		}
+		for _, v := range t.cycles.fields() {
+			*v = r.varint()
 		}
 		for k := range rules {
 			if flags&(2<<k) != 0 {

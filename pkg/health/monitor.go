@@ -140,6 +140,13 @@ func (m *Monitor) Observe(f *traffic.Frame) []Change {
 		for _, c := range t.observe(m.limits[i], s, gap, scratch[:0]) {
 			out = append(out, Change{Detector: d.ID, Rule: rules[c.rule], Failed: c.failed, Reason: c.reason, Since: utc(min(c.since, s.to)), At: utc(s.to)})
 		}
+		if d.Kind != traffic.Button && m.limits[i].locked > 0 && len(f.Signal.State) == len(m.j.Groups) && len(d.Movements) > 0 {
+			s.quiet = r.Count == 0 && r.OccupancyPermille == 0 && r.Vehicles == 0
+			others, between := m.others(f, i)
+			for _, c := range t.cycle(s, gap, m.green(f.Signal.State, d), others, between, scratch[:0]) {
+				out = append(out, Change{Detector: d.ID, Rule: rules[c.rule], Failed: c.failed, Reason: c.reason, Since: utc(min(c.since, s.to)), At: utc(s.to)})
+			}
+		}
 		m.balance.count(i, s, gap)
 	}
 	out = append(out, m.compare(s.to)...)
@@ -147,6 +154,36 @@ func (m *Monitor) Observe(f *traffic.Frame) []Change {
 		m.count()
 	}
 	return out
+}
+
+// others returns the count of another detector of the lane, that of most, and how
+// many vehicles fit between the two.
+func (m *Monitor) others(f *traffic.Frame, i int) (count, between int64) {
+	d := &m.j.Detectors[i]
+	for k := range m.j.Detectors {
+		o := &m.j.Detectors[k]
+		if k == i || o.Lane != d.Lane || !counts(o.Kind) || !counts(d.Kind) || m.tracks[k].broken() {
+			continue
+		}
+		far := max(d.FromStopLineCM+d.LengthCM, o.FromStopLineCM+o.LengthCM) - min(d.FromStopLineCM, o.FromStopLineCM)
+		if between == 0 || far/vehicleCM < between {
+			between = far / vehicleCM
+		}
+		if r := m.reading(f, k); r != nil {
+			count = max(count, int64(r.Count))
+		}
+	}
+	return count, between
+}
+
+// green reports whether one of the detector's movements may go.
+func (m *Monitor) green(s traffic.State, d *traffic.Detector) bool {
+	for _, k := range d.Movements {
+		if s.At(m.j.Movements[k].Group).Go() {
+			return true
+		}
+	}
+	return false
 }
 
 func utc(ms int64) time.Time { return time.UnixMilli(ms).UTC() }

@@ -14,17 +14,21 @@ const (
 	Chatter     Rule = "chatter"
 	LockedOn    Rule = "locked-on"
 	NoHits      Rule = "no-hits"
+	StuckOn     Rule = "stuck-on"
+	StuckOff    Rule = "stuck-off"
 	Implausible Rule = "implausible"
 	Imbalance   Rule = "imbalance"
 )
 
 // rules in the order in which they are said.
-var rules = [...]Rule{Chatter, LockedOn, NoHits, Implausible, Imbalance}
+var rules = [...]Rule{Chatter, LockedOn, NoHits, StuckOn, StuckOff, Implausible, Imbalance}
 
 const (
 	chatter = iota
 	lockedOn
 	noHits
+	stuckOn
+	stuckOff
 	implausible
 	imbalance
 )

@@ -8,6 +8,7 @@ type span struct {
 	count    int64
 	full     bool // occupied from beginning to end
 	hit      bool // there was something
+	quiet    bool // there was nothing at all; only for the rules by cycles
 }
 
 // counted is a span that counted somebody.
@@ -33,6 +34,7 @@ type track struct {
 	lockedFrom, locked int64
 	// alive: there was a hit since the detector was last locked on.
 	alive    bool
+	cycles   cycles
 	verdicts [len(rules)]verdict
 }
 
@@ -179,7 +181,8 @@ func (t *track) failed() int {
 
 // broken reports whether the detector breaks a rule that needs no neighbours.
 func (t *track) broken() bool {
-	return t.verdicts[chatter].failed || t.verdicts[lockedOn].failed || t.verdicts[noHits].failed
+	return t.verdicts[chatter].failed || t.verdicts[lockedOn].failed || t.verdicts[noHits].failed ||
+		t.verdicts[stuckOn].failed || t.verdicts[stuckOff].failed
 }
 
 // clock writes milliseconds for people.
