@@ -16,9 +16,10 @@ Attacks (--attack NAME, at one junction): what its unit signs is false.
              late-arrival  one vehicle more, standing at the far end of an approach
              ghosts        an approach that is always full: 500 vehicles an hour that
                            are not there
-             stuck-on      its detectors are always occupied
-             stuck-off     they never see anything
-             bias          one of them counts 30 % more
+             stuck-on      its loop at the stop line is always occupied
+             stuck-off     that loop never sees anything
+             bias          that loop counts 30 % more
+             blind         none of its detectors ever sees anything
              clock=SHIFT   the unit's clock is wrong, for instance clock=-1h
 The approach is one that has red while the longest step of the plan is green.
 --attack-after says when it begins.`
@@ -31,10 +32,11 @@ type attack struct {
 	begins   time.Time
 	// targets are the detectors whose readings are false, by index.
 	targets []int
+	ids     []traffic.DetectorID
 }
 
 // attackNames are those without a parameter.
-var attackNames = []string{"late-arrival", "ghosts", "stuck-on", "stuck-off", "bias"}
+var attackNames = []string{"late-arrival", "ghosts", "stuck-on", "stuck-off", "bias", "blind"}
 
 // newAttack reads a name; "" is none.
 func newAttack(name string, at traffic.JunctionID, begins time.Time, defs []*traffic.Junction) (*attack, error) {
@@ -57,8 +59,11 @@ func newAttack(name string, at traffic.JunctionID, begins time.Time, defs []*tra
 		}
 	}
 	a.junction, a.targets = defs[k].ID, attacked(defs[k])
-	if name == "bias" && len(a.targets) > 1 {
+	if (name == "stuck-on" || name == "stuck-off" || name == "bias") && len(a.targets) > 1 {
 		a.targets = a.targets[:1]
+	}
+	for _, i := range a.targets {
+		a.ids = append(a.ids, defs[k].Detectors[i].ID)
 	}
 	if len(a.targets) == 0 && a.shift == 0 {
 		return nil, fmt.Errorf("simulate: --attack: junction %s has no approach with detectors that is red in the longest step of its plan", a.junction)
@@ -91,15 +96,10 @@ func attacked(j *traffic.Junction) (out []int) {
 			out = append(out, i)
 		}
 	}
-	// The loops come first.
+	// The one at the stop line comes first.
 	slices.SortStableFunc(out, func(a, b int) int {
-		area := func(i int) int {
-			if j.Detectors[i].Kind == traffic.Area {
-				return 1
-			}
-			return 0
-		}
-		return area(a) - area(b)
+		order := []traffic.DetectorKind{traffic.StopLine, traffic.Advance, traffic.Area}
+		return slices.Index(order, j.Detectors[a].Kind) - slices.Index(order, j.Detectors[b].Kind)
 	})
 	return out
 }
@@ -177,7 +177,7 @@ func (c *attackedCabinet) falsify(r *traffic.Reading, d traffic.Detector) {
 			r.Halted = r.Vehicles
 			r.HeadWaitMS = uint32(min(c.n, 3600) * 1000)
 		}
-	case "stuck-off":
+	case "stuck-off", "blind":
 		*r = traffic.Reading{Detector: r.Detector}
 	case "bias":
 		c.part += 3 * r.Count
@@ -187,6 +187,9 @@ func (c *attackedCabinet) falsify(r *traffic.Reading, d traffic.Detector) {
 		}
 	}
 }
+
+// hits reports whether what a detector says is false.
+func (a *attack) hits(d traffic.DetectorID) bool { return slices.Contains(a.ids, d) }
 
 // flags watches whether the attacked detectors are found out.
 type flags struct {
@@ -200,7 +203,7 @@ type flags struct {
 func (f *flags) see(h *traffic.Health) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.a == nil || f.at != (time.Time{}) || h.Junction != f.a.junction || !h.Failed || h.Time.Before(f.a.begins) {
+	if f.a == nil || !f.a.hits(h.Detector) || f.at != (time.Time{}) || h.Junction != f.a.junction || !h.Failed || h.Time.Before(f.a.begins) {
 		return
 	}
 	f.at, f.rule = h.Time, h.Rule+" "+string(h.Detector)
