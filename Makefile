@@ -4,7 +4,7 @@ SHELL := /bin/bash
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: help build demo test race interlock kills check gen bench fuzz clean
+.PHONY: help build demo test race interlock attacks kills check gen bench fuzz clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ race: ## run all tests with the race detector
 
 interlock: ## 100,000,000 hostile steps against the interlock's two judges, and the seeded faults
 	STOPLINE_INTERLOCK_STEPS=$${STOPLINE_INTERLOCK_STEPS:-100000000} go test -count 1 -timeout 10m -v -run 'TestModel|TestSeededFaults|UnderLoad' ./pkg/interlock
+
+attacks: ## whole hours in SUMO under attack, against the bars; STOPLINE_ATTACKS says with how many seeds
+	STOPLINE_REQUIRE_SUMO=1 STOPLINE_REQUIRE_SHARED=1 STOPLINE_ATTACKS=$${STOPLINE_ATTACKS:-10} go test -count 1 -timeout 6h -v -run 'TestAttacksInFull' ./services/cmd/stopline
 
 kills: ## kill -9 validators 200 times under load; STOPLINE_SEED repeats a run
 	STOPLINE_REQUIRE_TIMES=1 STOPLINE_KILLS=$${STOPLINE_KILLS:-200} go test -count 1 -timeout 20m -v -run 'TestValidatorsSurviveKills' ./services/cmd/stopline
