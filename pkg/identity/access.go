@@ -160,6 +160,9 @@ func (r *Registry) putAccess(height uint64, t EntryType, id string, body json.Ra
 		}
 		return p.check(id)
 	}
+	if t == TypeFleet {
+		return r.checkFleet(id, body)
+	}
 	var c Client
 	if err := parseBody(body, &c); err != nil {
 		return err

@@ -20,7 +20,9 @@ const (
 )
 
 // Features lists what this build knows, in order.
-func Features() []string { return []string{FeatureAccess, FeatureBaseRequired, FeatureRetention} }
+func Features() []string {
+	return []string{FeatureAccess, FeatureBaseRequired, FeatureEnrolment, FeatureRetention}
+}
 
 // Feature is the body of a feature's entry, whose id is its name.
 type Feature struct {

@@ -338,6 +338,12 @@ func (r *Registry) approved(height uint64, signer KeyID, sender Holder, c Change
 		return nil, kind.Errorf(kind.Stale, "base: the change is to %.8x, and %s %.40q is %.8x by now: propose it again", []byte(c.Base), c.Type, c.ID, []byte(base))
 	}
 	keys := []KeyID{signer}
+	switch ok, err := r.vouched(height, c); {
+	case err != nil:
+		return nil, err
+	case ok:
+		return keys, nil
+	}
 	var departments []string
 	if o, ok := r.official(sender.ID); ok && sender.Type == TypeOfficial && need.Counts(sender.ID, o) {
 		departments = append(departments, o.Department)

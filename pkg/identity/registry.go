@@ -49,6 +49,11 @@ const (
 	// an agency: see [Client].
 	TypeAccess EntryType = "access"
 	TypeClient EntryType = "client"
+	// TypeFleet lists the vehicles of the agency of the same id: see [Fleet].
+	TypeFleet EntryType = "fleet"
+	// TypeClaim is the right to bring in one device: see [Claim]. A used one is
+	// revoked.
+	TypeClaim EntryType = "claim"
 )
 
 // A plan has no type: it is part of its junction's definition, which is checked
@@ -57,7 +62,7 @@ const (
 // known reports whether t is one of the types above.
 func known(t EntryType) bool {
 	switch t {
-	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance, TypeFeature, TypeRetention, TypeHold, TypeRedaction, TypeAccess, TypeClient:
+	case TypeDevice, TypeService, TypeOfficial, TypeValidator, TypeJunction, TypePolicy, TypeSoftware, TypeAgency, TypeSharing, TypeGovernance, TypeFeature, TypeRetention, TypeHold, TypeRedaction, TypeAccess, TypeClient, TypeFleet, TypeClaim:
 		return true
 	}
 	return false
@@ -85,6 +90,10 @@ type Device struct {
 	Key      PublicKey          `json:"key"`
 	// Detectors that the device may speak for. Empty: all of its junction's.
 	Detectors []traffic.DetectorID `json:"detectors,omitempty"`
+	// Former are the keys that were replaced, the oldest first.
+	Former []PublicKey `json:"former,omitempty"`
+	// Enrolled is what brought the key in, where no official filed it.
+	Enrolled *Enrolled `json:"enrolled,omitempty"`
 }
 
 // Service is the body of a service entry: a part of the district's own software.
@@ -104,10 +113,11 @@ type Official struct {
 }
 
 // The roles of officials that new districts ask for: registrars file devices,
-// planners junctions with their plans and policies, governors everything else.
+// enrollers claims by which devices come themselves, and retire devices, planners junctions with their plans and policies, governors everything else.
 // A registry without governance knows registrars only.
 const (
 	Registrar = "registrar"
+	Enroller  = "enroller"
 	Planner   = "planner"
 	Governor  = "governor"
 )
@@ -334,7 +344,7 @@ func passOf(t EntryType) int {
 	switch t {
 	case TypeJunction:
 		return 0
-	case TypeGovernance, TypeClient: // of officials, of agencies
+	case TypeGovernance, TypeClient, TypeFleet: // of officials, of agencies
 		return 2
 	}
 	return 1
@@ -458,32 +468,21 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 		return kind.Errorf(kind.Invalid, "id: %.40q: 1 to %d bytes without control characters", id, MaxID)
 	}
 	old, exists := r.entries[entryKey(t, id)]
-	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator || t == TypeFeature || t == TypeRetention || t == TypeAccess || t == TypeClient
+	replace := t == TypeJunction || t == TypePolicy || t == TypeSharing || t == TypeGovernance || t == TypeValidator || t == TypeFeature || t == TypeRetention || t == TypeAccess || t == TypeClient || t == TypeFleet || t == TypeDevice && r.Active(FeatureEnrolment, height)
 	if exists && (old.Status == Revoked || !replace) {
 		return kind.Errorf(kind.Conflict, "id: %s %q was used before; ids are never used again", t, id)
 	}
 	var key PublicKey
-	var fresh []newKey // of a validator
+	var fresh []newKey // of a validator or a device
 	var kinds []RecordKind
 	var done func()
 	switch t {
 	case TypeDevice:
-		var d Device
-		if err := parseBody(body, &d); err != nil {
+		keys, set, err := r.putDevice(height, id, body)
+		if err != nil {
 			return err
 		}
-		j, ok := r.junctions[d.Junction]
-		if !ok {
-			return kind.Errorf(kind.Invalid, "body.junction: %q is not in the registry", d.Junction)
-		}
-		for i, id := range d.Detectors {
-			// In a snapshot the junction may have lost the detector since.
-			if _, ok := j.Detector(id); !ok && !r.loading {
-				return kind.Errorf(kind.Invalid, "body.detectors[%d]: %q is not a detector of junction %s", i, id, d.Junction)
-			}
-		}
-		key, kinds = d.Key, []RecordKind{KindFrame}
-		done = func() { r.devices[traffic.DeviceID(id)] = d }
+		fresh, done = keys, set
 	case TypeService:
 		var s Service
 		if err := parseBody(body, &s); err != nil {
@@ -577,8 +576,12 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 			return err
 		}
 		done = set
-	case TypeAccess, TypeClient:
+	case TypeAccess, TypeClient, TypeFleet:
 		if err := r.putAccess(height, t, id, body); err != nil {
+			return err
+		}
+	case TypeClaim:
+		if err := r.putClaim(height, id, body); err != nil {
 			return err
 		}
 	case TypeFeature:
@@ -613,6 +616,8 @@ func (r *Registry) put(height uint64, t EntryType, id string, body json.RawMessa
 			kinds = []RecordKind{KindDeletion} // a validator keeps payloads too
 		} else if t == TypeValidator {
 			kinds = nil
+		} else if t == TypeDevice {
+			kinds = []RecordKind{KindFrame}
 		}
 		r.holders[IDOf(ed25519.PublicKey(k.key))] = Holder{Type: t, ID: id, Status: k.status, Key: ed25519.PublicKey(k.key), Kinds: kinds}
 	}
@@ -646,7 +651,7 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 	if e.Status == Revoked {
 		return kind.Errorf(kind.Conflict, "id: %s %q is revoked already", t, id)
 	}
-	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator && t != TypeFeature && t != TypeHold && t != TypeClient {
+	if t != TypeDevice && t != TypeService && t != TypeOfficial && t != TypeAgency && t != TypeValidator && t != TypeFeature && t != TypeHold && t != TypeClient && t != TypeFleet && t != TypeClaim {
 		return kind.Errorf(kind.Invalid, "type: a %.20s cannot be revoked", string(t))
 	}
 	if t == TypeValidator {

@@ -73,7 +73,7 @@ var rules = [...]struct {
 	{RuleInconsistent, "Count, occupancy, speed, vehicles and waiting time do not contradict each other."},
 	{RuleStage, "A command names a stage of the junction."},
 	{RulePlan, "A fall-back plan gives times to the filed sequence of stages, within the filed limits, and nothing else."},
-	{RuleExpired, "A command expires after it was issued, soon, and has not expired long ago."},
+	{RuleExpired, "A command expires after it was issued, soon, and has not expired long ago. A device comes before its claim ends."},
 	{RuleRegistry, "A registry change has an action, a type and an id."},
 	{RuleInternal, "Judging the record does not fail by a fault of the program."},
 }

@@ -2,6 +2,7 @@ package validate
 
 import (
 	"crypto/sha256"
+	"encoding/json"
 	"fmt"
 	"time"
 
@@ -181,7 +182,7 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 		if redacts := c.Change.Type == identity.TypeRedaction; redacts != (e.Kind == identity.KindRedaction) {
 			return refuse(RuleKind, "kind: a change of type %.20q in a record of the kind %s", string(c.Change.Type), e.Kind)
 		}
-		return change(reg, c.Change)
+		return change(reg, now, c.Change)
 	case e.Kind == identity.KindDeletion && c.Deletion != nil:
 		return deletion(reg, c.Deletion, &h)
 	case e.Kind == identity.KindAccess && c.Access != nil, e.Kind == identity.KindRequest && c.Request != nil,
@@ -202,7 +203,7 @@ func (s *State) Judge(reg *identity.Registry, now time.Time, c *Candidate) Verdi
 // state that was judging may be half changed; go on with a clone from before.
 func Failed(p any) Verdict { return refuse(RuleInternal, "record: judging it failed: %v", p) }
 
-func change(reg *identity.Registry, c *identity.Change) Verdict {
+func change(reg *identity.Registry, now time.Time, c *identity.Change) Verdict {
 	switch {
 	case c.District != reg.District():
 		return refuse(RuleDistrict, "district: %.40q, this is %q", string(c.District), string(reg.District()))
@@ -216,6 +217,22 @@ func change(reg *identity.Registry, c *identity.Change) Verdict {
 		return refuse(RuleRegistry, "approvals: %d, at most %d", len(c.Approvals), identity.MaxApprovals)
 	case len(c.Approvals) > 0 && len(c.Base) == 0:
 		return refuse(RuleRegistry, "base: must be given where there are approvals")
+	}
+	return claimed(reg, now, c)
+}
+
+// claimed refuses a device that comes with a claim whose time is over. The
+// registry has no clock; everything else about claims it knows itself.
+func claimed(reg *identity.Registry, now time.Time, c *identity.Change) Verdict {
+	if c.Type != identity.TypeDevice || c.Action != identity.Put {
+		return ok
+	}
+	var d identity.Device
+	if err := json.Unmarshal(c.Body, &d); err != nil || d.Enrolled == nil || d.Enrolled.Claim == "" {
+		return ok // the registry says what is wrong with it
+	}
+	if claim, _, filed := reg.Claim(d.Enrolled.Claim); filed && !now.Before(claim.Expires()) {
+		return refuse(RuleExpired, "body.enrolled.claim: %.40q could be used until %s", string(d.Enrolled.Claim), claim.Until)
 	}
 	return ok
 }

@@ -2,6 +2,7 @@ package district
 
 import (
 	"crypto/ed25519"
+	"fmt"
 	"io"
 	"time"
 
@@ -40,6 +41,22 @@ var agencies = map[string]string{
 	"transit": "Transit operator", "police": "Police", "audit-office": "Audit office",
 }
 
+// fleets are the vehicles of the agencies that may ask signals for priority.
+var fleets = map[string]identity.Fleet{
+	"ambulance": fleet("A", identity.VehicleEmergency),
+	"fire":      fleet("F", identity.VehicleEmergency),
+	"police":    fleet("P", identity.VehicleEmergency),
+	"transit":   fleet("bus", identity.VehicleTransit),
+}
+
+// fleet is nineteen vehicles, such as A-1.
+func fleet(prefix, class string) (f identity.Fleet) {
+	for n := 1; n < 20; n++ {
+		f.Vehicles = append(f.Vehicles, identity.Vehicle{ID: fmt.Sprintf("%s-%d", prefix, n), Class: class})
+	}
+	return f
+}
+
 // ClientKey names the key that signs a client's tokens, AgencyKey that of an
 // agency.
 func ClientKey(id string) string { return "client-" + id }
@@ -47,7 +64,7 @@ func AgencyKey(id string) string { return "agency-" + id }
 
 // fileAccess files features, gateway, access policy, agencies and clients.
 func fileAccess(keys string, r io.Reader, created time.Time, entry func(t identity.EntryType, id string, body any) error) error {
-	for _, f := range []string{identity.FeatureAccess, identity.FeatureRetention} {
+	for _, f := range []string{identity.FeatureAccess, identity.FeatureEnrolment, identity.FeatureRetention} {
 		if err := entry(identity.TypeFeature, f, identity.Feature{From: 1}); err != nil {
 			return err
 		}
@@ -73,6 +90,11 @@ func fileAccess(keys string, r io.Reader, created time.Time, entry func(t identi
 			}
 			if err := entry(identity.TypeAgency, c.Agency, identity.Agency{Name: agencies[c.Agency], Key: public(k)}); err != nil {
 				return err
+			}
+			if f, ok := fleets[c.Agency]; ok {
+				if err := entry(identity.TypeFleet, c.Agency, f); err != nil {
+					return err
+				}
 			}
 		}
 		k, err := newKey(r, keys, ClientKey(c.ID))

@@ -87,14 +87,23 @@ const (
 	AmbulanceOfficial = "official-ambulance"
 )
 
-// Governance is what a new district begins with: one registrar files and retires
-// devices, planners of two departments junctions and policies, governors of two
-// departments everything else. There are three planners and governors, so that
-// any one may be away, or dismissed by the others.
+// DeskKey is the official whose key the gateway holds, so that technicians can
+// have claims made and devices retired at any hour. It can do that and nothing
+// else: a device comes in by its claim's key, not by the desk's. A district that
+// trusts no key on a server with as much gives the rule for claims to officials
+// who sign them beforehand.
+const DeskKey = "enrolment-desk"
+
+// Governance is what a new district begins with: one registrar files devices, one
+// enroller files claims and retires devices, planners of two departments junctions
+// and policies, governors of two departments everything else. There are three
+// planners and governors, so that any one may be away, or dismissed by the others.
 func Governance() identity.Governance {
 	two := func(role string) identity.Need { return identity.Need{Role: role, Officials: 2, Departments: 2} }
 	return identity.Governance{Version: 1, Rules: []identity.Rule{
 		{Type: identity.TypeDevice, Need: identity.Need{Role: identity.Registrar, Officials: 1, Departments: 1}},
+		{Type: identity.TypeDevice, Action: identity.Revoke, Need: identity.Need{Role: identity.Enroller, Officials: 1, Departments: 1}},
+		{Type: identity.TypeClaim, Need: identity.Need{Role: identity.Enroller, Officials: 1, Departments: 1}},
 		{Type: identity.TypeJunction, Need: two(identity.Planner)},
 		{Type: identity.TypePolicy, Need: two(identity.Planner)},
 	}, Default: two(identity.Governor)}
@@ -199,7 +208,8 @@ func create(dir string, o Options) error {
 		id, department string
 		roles          []string
 	}{
-		{RegistrarKey, "traffic", append([]string{identity.Registrar}, both...)},
+		{RegistrarKey, "traffic", append([]string{identity.Registrar, identity.Enroller}, both...)},
+		{DeskKey, "traffic", []string{identity.Enroller}},
 		{PoliceOfficial, "police", both},
 		{AmbulanceOfficial, "ambulance", both},
 	} {
@@ -220,7 +230,7 @@ func create(dir string, o Options) error {
 		return err
 	}
 	if err := entry(identity.TypeService, SignalControlKey, identity.Service{
-		Key: public(control), Signs: []identity.RecordKind{identity.KindCommand, identity.KindHealth}}); err != nil {
+		Key: public(control), Signs: []identity.RecordKind{identity.KindCommand, identity.KindHealth, identity.KindPlan}}); err != nil {
 		return err
 	}
 	importer, err := newKey(o.Rand, keys, ImporterKey)
