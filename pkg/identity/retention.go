@@ -104,11 +104,6 @@ func DeletionID(validator uint64) string { return "validator-" + strconv.FormatU
 // ChangesRegistry reports whether records of the kind hold a [Change].
 func (k RecordKind) ChangesRegistry() bool { return k == KindRegistry || k == KindRedaction }
 
-// aboutRetention reports whether a type needs [FeatureRetention].
-func aboutRetention(t EntryType) bool {
-	return t == TypeRetention || t == TypeHold || t == TypeRedaction
-}
-
 const (
 	maxWords = 256  // bytes of free text in an entry
 	maxOf    = 1000 // members of a list in a hold

@@ -143,7 +143,7 @@ func TestPut(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.Close()
+	defer func() { _ = r.Close() }()
 	all := batch(0, 100)
 	put(t, d, all[:60])
 	put(t, d, all[40:]) // some again, as after a crash
@@ -214,7 +214,7 @@ func TestMixed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.Close()
+	defer func() { _ = r.Close() }()
 	isFrame := func(p *ledger.Payload) bool { return kindOf(p.Index) == identity.KindFrame }
 	got, err := d.Drop(Purge{Class: retention.Readings, Floor: 80, Ceiling: 80})
 	if err != nil {
@@ -259,7 +259,7 @@ func TestDrop(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer r.Close()
+			defer func() { _ = r.Close() }()
 			gone := func(p *ledger.Payload) bool { return frame(p) && tc.gone(p.Index) }
 			n := uint64(0)
 			for _, p := range all {
@@ -321,7 +321,7 @@ func TestErase(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.Close()
+	defer func() { _ = r.Close() }()
 	if _, err := d.Erase(1, 7); kind.Of(err) != kind.Denied {
 		t.Errorf("of the registry: got %v, want denied", err)
 	}
@@ -419,7 +419,7 @@ func BenchmarkGet(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer d.Close()
+	defer func() { _ = d.Close() }()
 	const n = 200_000
 	p := record(1, identity.KindFrame)
 	ps := make([]*ledger.Payload, 0, 1000)
