@@ -173,16 +173,24 @@ func TestNewDistrictsAreGoverned(t *testing.T) {
 	if !filed {
 		t.Fatal("no governance entry in genesis")
 	}
-	one := identity.Need{Role: identity.Registrar, Officials: 1, Departments: 1}
-	for _, typ := range []identity.EntryType{identity.TypeDevice, identity.TypeService, identity.TypeOfficial, identity.TypeValidator, identity.TypeJunction,
+	one := func(role string) identity.Need { return identity.Need{Role: role, Officials: 1, Departments: 1} }
+	for _, want := range []struct {
+		typ    identity.EntryType
+		action string
+		need   identity.Need
+	}{
+		{identity.TypeDevice, identity.Put, one(identity.Registrar)}, {identity.TypeDevice, identity.Revoke, one(identity.Enroller)},
+		{identity.TypeClaim, identity.Put, one(identity.Enroller)}, {identity.TypeClaim, identity.Revoke, one(identity.Enroller)},
+	} {
+		if n := g.Need(want.typ, want.action); n.String() != want.need.String() {
+			t.Errorf("%s %s: got %v, want %v", want.action, want.typ, n, want.need)
+		}
+	}
+	for _, typ := range []identity.EntryType{identity.TypeService, identity.TypeOfficial, identity.TypeValidator, identity.TypeJunction,
 		identity.TypePolicy, identity.TypeSoftware, identity.TypeAgency, identity.TypeSharing, identity.TypeGovernance} {
 		for _, action := range []string{identity.Put, identity.Revoke} {
 			n := g.Need(typ, action)
-			if typ == identity.TypeDevice {
-				if n.String() != one.String() {
-					t.Errorf("%s %s: got %v, want %v", action, typ, n, one)
-				}
-			} else if n.Officials != 2 || n.Departments != 2 {
+			if n.Officials != 2 || n.Departments != 2 {
 				t.Errorf("%s %s: got %v, want two departments", action, typ, n)
 			}
 		}
