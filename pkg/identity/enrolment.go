@@ -3,6 +3,7 @@ package identity
 import (
 	"bytes"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -232,4 +233,12 @@ func (r *Registry) putDevice(height uint64, id string, body json.RawMessage) (fr
 		}
 		r.devices[device] = d
 	}, nil
+}
+
+// ClaimKey returns the key of a claim's secret, as people carry it to the device.
+// The text must have 128 random bits or more: then nobody finds it from the key,
+// which everybody knows, and one hash is enough.
+func ClaimKey(text string) ed25519.PrivateKey {
+	seed := sha256.Sum256([]byte("stopline claim key v1\n" + text))
+	return ed25519.NewKeyFromSeed(seed[:])
 }
