@@ -25,29 +25,35 @@ var attackTests = []struct {
 	flagged float64
 	// alone says that the unit cannot be heard, and runs its own plan.
 	alone bool
+	// short is for the test that runs with all others.
+	short bool
 }{
 	{name: "late-arrival", most: 0.10},
-	{name: "ghosts", most: 0.10},
-	{name: "stuck-on", most: math.Inf(1), flagged: 3},
+	{name: "ghosts", most: 0.10, short: true},
+	{name: "stuck-on", most: math.Inf(1), flagged: 3, short: true},
 	{name: "stuck-off", most: math.Inf(1), flagged: 3},
-	{name: "bias", most: math.Inf(1), flagged: 3},
+	{name: "bias", most: math.Inf(1), flagged: 3, short: true},
 	{name: "blind", most: math.Inf(1)},
-	{name: "clock=1s", most: math.Inf(1)},
-	{name: "clock=-1s", most: math.Inf(1)},
+	{name: "clock=1s", most: math.Inf(1), short: true},
+	// Commands seem to come from the future, by more than a unit bears.
+	{name: "clock=-1s", most: math.Inf(1), alone: true, short: true},
 	{name: "clock=1h", most: math.Inf(1), alone: true},
 	{name: "clock=-1h", most: math.Inf(1), alone: true},
 	{name: "clock=8760h", most: math.Inf(1), alone: true},
-	{name: "clock=-8760h", most: math.Inf(1), alone: true},
+	{name: "clock=-8760h", most: math.Inf(1), alone: true, short: true},
 }
 
-// TestAttacks runs each for a few minutes through every service: whatever a unit
+// TestAttacks runs some for a minute through every service: whatever a unit
 // signs, nothing unsafe is shown, and who cannot be heard goes on alone.
 func TestAttacks(t *testing.T) {
 	config := shared(t, "ingolstadt1")
 	processTest(t)
 	for _, a := range attackTests {
+		if !a.short {
+			continue
+		}
 		t.Run(a.name, func(t *testing.T) {
-			s, _ := simulateInto(t, "--config", config, "--rules", "deployable", "--for", "150s", "--attack", a.name, "--attack-after", "60s", "--pipeline")
+			s, _ := simulateInto(t, "--config", config, "--rules", "deployable", "--for", "75s", "--attack", a.name, "--attack-after", "30s", "--pipeline")
 			if s.InterlockTrips != 0 || s.Attack != a.name || s.Trips == 0 {
 				t.Errorf("got %+v, want no trip of the interlock", s)
 			}
