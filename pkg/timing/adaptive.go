@@ -11,11 +11,12 @@ import (
 const (
 	accelCMSS = 260 // cm/s²
 	stuckMS   = 3_000
-	stuckMost = 20_000
+	stuckMost = 50_000
 	// A queue weighs more from where it fills so much of its lane, in thousandths,
 	// and by so much more when it fills it all.
 	crowdedFrom = 500
 	crowdedMost = 2_000
+	busUnits    = 10 // vehicles that a bus weighs more than one
 	turnersFrom = 1_000_000
 	softRedMS   = 150_000
 	switchCost  = 0
@@ -172,6 +173,7 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 			p.seeDetectors(m, v, l)
 		}
 		p.crowd(l)
+		p.priority(v, l)
 		p.seeInflow(m, v, l)
 		p.end[l] = int32(len(p.arr))
 		if i := p.beg[l]; i < p.end[l] {
@@ -189,13 +191,30 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 		}
 		if mv.ExitCapacity > 0 && mv.ExitHalted > 0 {
 			if p.ref[e] < 0 {
-				p.cap[e] = int32(max(mv.ExitCapacity-mv.ExitVehicles, 0)) * unit
+				p.cap[e] = int32(min(max(mv.ExitCapacity-mv.ExitVehicles, 0), 1000)) * unit
 				p.ref[e] = 450
 				if mv.ExitHalted*4 >= mv.ExitVehicles*3 {
 					p.ref[e] = 150
 				}
 			}
-			p.cap[e] = max(p.cap[e]-int32(mv.InBox)*unit, 0)
+			p.cap[e] = max(p.cap[e]-int32(min(max(mv.InBox, 0), 1000))*unit, 0)
+		}
+	}
+}
+
+// priority makes the first vehicle of each movement on which a bus is weigh as much
+// as those who sit in it: which of them it is nobody tells, and the first must go
+// for the bus to go.
+func (p *scratch) priority(v View, l int) {
+	for _, k := range p.m.lanes[l].moves {
+		if v.Priority[k] < traffic.Bus {
+			continue
+		}
+		for i := p.beg[l]; i < int32(len(p.arr)); i++ {
+			if p.mv[i] == k {
+				p.w[i] += busUnits * unit
+				break
+			}
 		}
 	}
 }
@@ -304,6 +323,8 @@ func (m *Memory) own(md *model) {
 	}
 	for i := range m.Lanes {
 		m.Lanes[i].Due, m.Lanes[i].Turn = slices.Clone(m.Lanes[i].Due), slices.Clone(m.Lanes[i].Turn)
+		// Memory may have been stored, and belong to another definition.
+		m.Lanes[i].Due = slices.DeleteFunc(m.Lanes[i].Due, func(e Expected) bool { return !slices.Contains(md.lanes[i].moves, e.Move) })
 	}
 }
 

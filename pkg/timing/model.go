@@ -64,7 +64,6 @@ const (
 const (
 	headwayMS     = 1850 // between vehicles that leave a queue at a protected green
 	giveHeadwayMS = 2800 // and at a permissive one
-	baseFlow      = 1900 // vehicles an hour for which the first holds
 )
 
 func modelOf(j *traffic.Junction, r Rules) *model {
@@ -88,7 +87,7 @@ func modelOf(j *traffic.Junction, r Rules) *model {
 			m.exitIDs, m.exitMove = append(m.exitIDs, mv.To), append(m.exitMove, i)
 		}
 		m.lanes[l].moves = append(m.lanes[l].moves, int16(i))
-		m.moves = append(m.moves, moveModel{group: int16(mv.Group), lane: l, exit: e, protected: headwayMS, permissive: giveHeadwayMS})
+		m.moves = append(m.moves, moveModel{group: int16(mv.Group), lane: l, exit: e, protected: headwayOf(mv.SaturationPerHour), permissive: giveHeadwayMS})
 		meets[mv.Group] = append(meets[mv.Group], int16(i))
 	}
 	for i := range m.moves {
@@ -165,6 +164,15 @@ func modelOf(j *traffic.Junction, r Rules) *model {
 		}
 	}
 	return m
+}
+
+// headwayOf is the time between vehicles that leave a queue at green, by what is
+// filed of how many can pass in an hour.
+func headwayOf(perHour int) int32 {
+	if perHour <= 0 {
+		return headwayMS
+	}
+	return int32(min(max(3_600_000/perHour, 1_200), 6_000))
 }
 
 func aspectByte(a traffic.Aspect) byte {

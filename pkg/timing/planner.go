@@ -94,7 +94,7 @@ func (p *scratch) begin(m *model) {
 	p.cand, p.active = grow(p.cand, n), grow(p.active, n)
 	p.cap, p.ref = grow(p.cap, m.exits), grow(p.ref, m.exits)
 	p.leave = grow(p.leave, len(m.stages))
-	p.states = grow(p.states, 2*chain+6)
+	p.states = grow(p.states, chain+4)
 	for i := range p.states {
 		s := &p.states[i]
 		s.head, s.nf = grow(s.head, n), grow(s.nf, n)
@@ -127,6 +127,11 @@ func (p *scratch) search(cur int, switching int64) {
 	t.copyFrom(s)
 	p.serve(t, row, 0, planMS, -1)
 	p.leaf(t, cur, true)
+
+	// Until it has served who is there: often the best, and so a good measure for
+	// what follows.
+	t.copyFrom(s)
+	p.run1(1, 0, cur, chain, cur, true, switching)
 
 	var at int32
 	for _, d := range p.m.start {
@@ -197,6 +202,9 @@ func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool, switchi
 		}
 		if p.bound(s, t) >= p.best+p.margin {
 			return
+		}
+		if at == 1 && k == p.cur {
+			p.at = t
 		}
 		n := &p.states[at+1]
 		for b := range p.m.stages {
