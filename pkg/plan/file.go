@@ -141,10 +141,6 @@ func (f *File) phase(n int) (*Phase, int) {
 	return nil, -1
 }
 
-// clearMS is how long the phase needs from the end of its green, the
-// pedestrians' green too, to its all-red.
-func (p *Phase) clearMS() int64 { return max(p.YellowMS, p.PedClearMS) }
-
 // leastMS is the shortest split of the phase.
 func (p *Phase) leastMS() int64 {
 	return max(p.MinGreenMS+p.YellowMS, p.WalkMS+p.PedClearMS) + p.AllRed
