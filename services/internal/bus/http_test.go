@@ -19,7 +19,7 @@ func TestHTTPOverNATS(t *testing.T) {
 	}
 	defer b.Close()
 	ctx, cancel := context.WithCancel(t.Context())
-	held := make(chan struct{})
+	inside, held := make(chan struct{}), make(chan struct{})
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /echo", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Query", r.URL.RawQuery)
@@ -29,7 +29,7 @@ func TestHTTPOverNATS(t *testing.T) {
 	mux.HandleFunc("GET /nothing", func(http.ResponseWriter, *http.Request) {})
 	mux.HandleFunc("GET /panic", func(http.ResponseWriter, *http.Request) { panic("on purpose") })
 	mux.HandleFunc("GET /large", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, b.NC.MaxPayload())) })
-	mux.HandleFunc("GET /held", func(http.ResponseWriter, *http.Request) { <-held })
+	mux.HandleFunc("GET /held", func(http.ResponseWriter, *http.Request) { close(inside); <-held })
 	done := make(chan error, 1)
 	go func() { done <- b.ServeHTTP(ctx, "ask.http", "q", 1, mux) }()
 	c := &http.Client{Transport: b.RoundTripper("ask.http"), Timeout: 10 * time.Second}
@@ -62,10 +62,9 @@ func TestHTTPOverNATS(t *testing.T) {
 	}
 	first := make(chan int, 1)
 	go func() { res, _ := do("GET", "/held", ""); first <- res.StatusCode }()
-	for { // until it has the one place
-		if res, _ := do("GET", "/nothing", ""); res.StatusCode == http.StatusServiceUnavailable {
-			break
-		}
+	<-inside // it has the one place
+	if res, _ := do("GET", "/nothing", ""); res.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("one too many: got %d, want 503", res.StatusCode)
 	}
 	close(held)
 	if got := <-first; got != 200 {
