@@ -72,6 +72,11 @@ type GRPCConfig struct {
 	ReadWait time.Duration
 	// Drain is how long calls may go on when Run is to end; 0 means 10 s.
 	Drain time.Duration
+	// Revoked reports whether the registry has revoked a key. A stream that has
+	// brought records of such keys only ends with PERMISSION_DENIED. It must be quick
+	// and safe for concurrent use. Optional: then validation refuses the records,
+	// and the stream stays.
+	Revoked func(identity.KeyID) bool
 	// Logger is optional.
 	Logger *slog.Logger
 }
@@ -438,6 +443,50 @@ type submission struct {
 
 	// since is when the send began that is going on, UnixNano; 0 if none is.
 	since atomic.Int64
+
+	mu   sync.Mutex
+	keys map[identity.KeyID]bool // of the records so far; guarded by mu
+}
+
+// revokedEvery is how often streams' keys are asked about again; maxKeys bounds
+// them: a stream with more is a gateway's of many devices, and goes on.
+var revokedEvery = 5 * time.Second
+
+const maxKeys = 1024
+
+// revoked reports whether the stream has brought records, and has brought only
+// such as are signed by keys that are revoked by now. A gateway's stream for many
+// devices must not end because of one.
+func (st *submission) revoked() bool {
+	if st.g.Revoked == nil {
+		return false
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if len(st.keys) == 0 || len(st.keys) > maxKeys {
+		return false
+	}
+	for k := range st.keys {
+		if !st.g.Revoked(k) {
+			return false
+		}
+	}
+	return true
+}
+
+// saw notes whose record came.
+func (st *submission) saw(k identity.KeyID) {
+	if st.g.Revoked == nil {
+		return
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.keys == nil {
+		st.keys = map[identity.KeyID]bool{}
+	}
+	if len(st.keys) <= maxKeys {
+		st.keys[k] = true
+	}
 }
 
 // Submit implements IngestService.
@@ -457,6 +506,8 @@ func (g *GRPC) Submit(rpc pb.IngestService_SubmitServer) error {
 
 	watch := time.NewTicker(g.ReadWait / 4)
 	defer watch.Stop()
+	look := time.NewTicker(revokedEvery)
+	defer look.Stop()
 	stopping := g.stopping
 	var end error // for when all that is taken has its receipt
 	for {
@@ -486,6 +537,11 @@ func (g *GRPC) Submit(rpc pb.IngestService_SubmitServer) error {
 				return later(codes.Unavailable, why.reason, fmt.Sprintf("nothing could be stored for %s, send what has no receipt again: %s", g.Patience, why.text))
 			}
 			return end
+		case <-look.C:
+			if st.revoked() {
+				g.log.Warn("ingest: a gRPC stream ends, the registry has revoked the keys of its records")
+				return status.Error(codes.PermissionDenied, "key_id: the keys of all records of this stream have been revoked")
+			}
 		case now := <-watch.C:
 			if since := st.since.Load(); since != 0 && now.Sub(time.Unix(0, since)) > g.ReadWait {
 				g.log.Warn("ingest: a gRPC stream ends, its receipts are not read", "elapsed", g.ReadWait)
@@ -516,7 +572,9 @@ func (st *submission) read(ctx context.Context) error {
 		if n := len(m.ProtoReflect().GetUnknown()); n > 0 {
 			ref = &refusal{ReasonEnvelope, "message", fmt.Sprintf("message: %d bytes of unknown fields", n)}
 		} else {
-			envelope, ref = st.g.Ingest.fromMessage(m.Envelope)
+			if envelope, ref = st.g.Ingest.fromMessage(m.Envelope); ref == nil {
+				st.saw(identity.KeyID(m.Envelope.KeyId))
+			}
 		}
 		it := st.g.Ingest.item(DoorGRPC, envelope, ref)
 		it.id = m.Id
