@@ -136,32 +136,41 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		p.reader(AcceptedStream)
 		p.reader(QuarantineStream)
 	case SignalControlUser:
+		p.publish(OutflowAll(d))
+		p.subscribe(OutflowAll(d))
 		p.follower(d)
+		p.subscribe(OverrideAll(d), AskAll(d, SignalControlUser))
+		p.answer()
+		p.publish(PriorityAll(d), OverrideAll(d))
 		p.publish(sub(d, "command", "*"), sub(d, "plan", "*"), StatusAll(d), sub(d, "in", "command", "*"), sub(d, "in", "health", "*"), sub(d, "in", "plan", "*"))
 	case SealingUser:
 		p.follower(d)
 		p.publish(sub(d, "cosign", "*"), Seal(d), Seen(d, SealingUser), sub(d, "in", "deletion", SealingUser))
 	case AuditUser:
 		p.follower(d)
-		p.subscribe(Seal(d), SeenAll(d))
+		p.subscribe(Seal(d), SeenAll(d), AskAll(d, AuditUser))
 		p.publish(Alarm(d))
+		p.answer()
 	case GatewayUser:
 		p.follower(d)
-		p.subscribe(Seal(d), StatusAll(d), Alarm(d))
+		p.subscribe(Seal(d), StatusAll(d), Alarm(d), PriorityAll(d))
+		p.publish(OverrideAll(d))
 		p.api("STREAM.NAMES")
 		p.reader(QuarantineStream)
 		p.acknowledge(QuarantineStream, "*")
 		p.publish(Access(d, GatewayUser), sub(d, "ask", "*", "*"))
-		for _, k := range []string{"access", "request", "override", "registry"} {
+		for _, k := range []string{"access", "request", "override", "registry", "redaction"} {
 			p.publish(sub(d, "in", k, GatewayUser))
 		}
 		p.durable(AccessStream, GatewayUser, Access(d, GatewayUser))
 		p.api("STREAM.MSG.GET." + AccessStream) // its last epoch
+		p.publish(ProposalAll(d))
+		p.api("STREAM.INFO."+ProposalStream, "STREAM.MSG.GET."+ProposalStream)
 	case EdgeUser:
 		p.follower(d)
 	case StreetUser:
 		p.follower(d)
-		p.subscribe(sub(d, "command", "*"), sub(d, "plan", "*"))
+		p.subscribe(sub(d, "command", "*"), sub(d, "plan", "*"), OverrideAll(d))
 		p.publish(StatusAll(d), InboxAll(d))
 	case EraserUser:
 		for _, s := range []string{IngressStream, AcceptedStream, QuarantineStream, DecisionStream, AccessStream, DeadStream} {

@@ -21,7 +21,14 @@
 //	                          command is worth nothing
 //	plan.<junction>           signal-control → roadside unit: its fall-back plan, said
 //	                          again and again; never stored
+//	override.<junction>       gateway → roadside unit, signal-control: an operator's
+//	                          signed word, said until the unit has it; never stored
+//	priority.<request>        signal-control → anybody: how a request stands; never
+//	                          stored
 //	status.<junction>         roadside unit → STATUS
+//	access.<gateway>          gateway → ACCESS: what is about to be answered
+//	proposal.<id>             gateway → PROPOSALS: a registry change on its way
+//	ask.<service>.<method>    gateway → a service that answers; request
 //	dead.<consumer>           the bus → DEADLETTER
 //	device.<device>.up        a device → ingest, by MQTT; never stored
 //	device.<device>.down      ingest → the device, by MQTT: receipts; never stored
@@ -122,6 +129,12 @@ func Access(d traffic.DistrictID, gateway string) string { return sub(d, "access
 // AccessAll matches all of [Access].
 func AccessAll(d traffic.DistrictID) string { return sub(d, "access", "*") }
 
+// Proposal keeps a registry change on its way round the officials.
+func Proposal(d traffic.DistrictID, id string) string { return sub(d, "proposal", Token(id)) }
+
+// ProposalAll matches every [Proposal].
+func ProposalAll(d traffic.DistrictID) string { return sub(d, "proposal", "*") }
+
 // Ask is where a service answers questions of others, as requests: JSON, or what
 // the method says.
 func Ask(d traffic.DistrictID, service, method string) string {
@@ -140,6 +153,22 @@ func Command(d traffic.DistrictID, j traffic.JunctionID) string {
 func Plan(d traffic.DistrictID, j traffic.JunctionID) string {
 	return sub(d, "plan", Token(string(j)))
 }
+
+// Override carries operators' signed overrides to the roadside unit of a junction.
+func Override(d traffic.DistrictID, j traffic.JunctionID) string {
+	return sub(d, "override", Token(string(j)))
+}
+
+// OverrideAll matches every [Override].
+func OverrideAll(d traffic.DistrictID) string { return sub(d, "override", "*") }
+
+// Priority carries how a request stands, whenever that changes.
+func Priority(d traffic.DistrictID, request string) string {
+	return sub(d, "priority", Token(request))
+}
+
+// PriorityAll matches every [Priority].
+func PriorityAll(d traffic.DistrictID) string { return sub(d, "priority", "*") }
 
 // Status carries what a roadside unit says at once, outside its frames.
 func Status(d traffic.DistrictID, j traffic.JunctionID) string {
@@ -216,6 +245,8 @@ const (
 	// AccessStream holds what the gateway promised to put on record, until ingest
 	// has it. It is apart from the others so that load there cannot delay an answer.
 	AccessStream = "ACCESS"
+	// ProposalStream holds registry changes that officials still have to sign.
+	ProposalStream = "PROPOSALS"
 )
 
 // MaxMessage is the largest message that a stream or a request may carry,
@@ -237,6 +268,7 @@ func Streams(d traffic.DistrictID) []Stream {
 		{Name: SealStream, Subjects: []string{Seal(d)}, MaxAge: 24 * hour, MaxBytes: 256 << 20, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute, DiscardOld: true},
 		{Name: StatusStream, Subjects: []string{StatusAll(d)}, MaxAge: hour, MaxBytes: 256 << 20, MaxMsgSize: 1 << 20, Duplicates: 2 * time.Minute, DiscardOld: true},
 		{Name: AccessStream, Subjects: []string{AccessAll(d)}, MaxAge: hour, MaxBytes: 1 << 30, MaxMsgSize: MaxMessage, Duplicates: 2 * time.Minute},
+		{Name: ProposalStream, Subjects: []string{ProposalAll(d)}, MaxAge: 30 * 24 * hour, MaxBytes: 64 << 20, MaxMsgSize: 1 << 20, Duplicates: 2 * time.Minute},
 		{Name: DeadStream, Subjects: []string{sub(d, "dead", ">")}, MaxAge: 7 * 24 * hour, MaxBytes: 256 << 20, MaxMsgSize: MaxPayload, Duplicates: 2 * time.Minute, DiscardOld: true},
 	}
 }

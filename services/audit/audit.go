@@ -271,6 +271,15 @@ func (s *Service) Run(ctx context.Context) error {
 			}
 			defer stop()
 		}
+		var asked sync.WaitGroup
+		defer asked.Wait()
+		asking, stop := context.WithCancel(ctx)
+		defer stop()
+		asked.Go(func() {
+			if err := s.serve(asking, topic.Ask(s.genesis.District, topic.AuditUser, "http")); err != nil {
+				s.log.Error("audit: the gateway cannot ask", "err", err)
+			}
+		})
 	}
 	tick := time.NewTicker(s.c.Poll)
 	defer tick.Stop()

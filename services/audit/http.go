@@ -40,8 +40,8 @@ func (l limit) begin() (done func(), ok bool) {
 //
 //	GET /v1/evidence/{index}      a bundle, application/zip
 //	GET /v1/records?…             records of the index, newest first, JSON; filters:
-//	                              kind class junction device signer requester case
-//	                              height seq policy policy_version controller rule
+//	                              kind class junction device signer requester agency
+//	                              case height seq policy policy_version controller rule
 //	                              outcome state from to (RFC 3339); order=oldest,
 //	                              limit, after (the next of the page before)
 //	GET /v1/chain?junction=&at=   why the junction did what it did then, JSON; with
@@ -159,7 +159,7 @@ func (s *Service) Handler() http.Handler {
 // ParseQuery reads the filters of /v1/records. Errors have kind Invalid.
 func ParseQuery(v url.Values) (Query, error) {
 	q := Query{Kind: identity.RecordKind(v.Get("kind")), Class: v.Get("class"), Junction: traffic.JunctionID(v.Get("junction")), Device: traffic.DeviceID(v.Get("device")),
-		Signer: v.Get("signer"), Requester: v.Get("requester"), Case: v.Get("case"), Policy: v.Get("policy"), PolicyVersion: v.Get("policy_version"),
+		Signer: v.Get("signer"), Requester: v.Get("requester"), Agency: v.Get("agency"), Case: v.Get("case"), Policy: v.Get("policy"), PolicyVersion: v.Get("policy_version"),
 		Controller: v.Get("controller"), Rule: v.Get("rule"), Outcome: v.Get("outcome"), State: v.Get("state"), After: v.Get("after")}
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
@@ -212,7 +212,7 @@ func ParseQuery(v url.Values) (Query, error) {
 	return q, q.Validate()
 }
 
-var queryNames = []string{"kind", "class", "junction", "device", "signer", "requester", "case", "height", "seq", "policy", "policy_version", "controller",
+var queryNames = []string{"kind", "class", "junction", "device", "signer", "requester", "agency", "case", "height", "seq", "policy", "policy_version", "controller",
 	"rule", "outcome", "state", "from", "to", "order", "limit", "after"}
 
 // json answers with a value, or with what went wrong.

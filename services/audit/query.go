@@ -68,12 +68,14 @@ const (
 // Query says which records to list. An empty field matches all; several fields
 // all have to match.
 type Query struct {
-	Kind          identity.RecordKind
-	Class         string
-	Junction      traffic.JunctionID
-	Device        traffic.DeviceID
-	Signer        string // type and id, such as "service signal-control"
-	Requester     string
+	Kind      identity.RecordKind
+	Class     string
+	Junction  traffic.JunctionID
+	Device    traffic.DeviceID
+	Signer    string // type and id, such as "service signal-control"
+	Requester string
+	// Agency matches all requesters of an agency.
+	Agency        string
 	Case          string
 	Height        ledger.Height
 	Seq           *uint64 // of a frame, command or other numbered record
@@ -124,7 +126,7 @@ func (q *Query) Validate() error {
 	if !q.From.IsZero() && !q.To.IsZero() && !q.From.Before(q.To) {
 		bad("to: must be later than from")
 	}
-	for name, s := range map[string]string{"class": q.Class, "junction": string(q.Junction), "device": string(q.Device), "signer": q.Signer, "requester": q.Requester,
+	for name, s := range map[string]string{"class": q.Class, "junction": string(q.Junction), "device": string(q.Device), "signer": q.Signer, "requester": q.Requester, "agency": q.Agency,
 		"case": q.Case, "policy": q.Policy, "policy_version": q.PolicyVersion, "controller": q.Controller, "rule": q.Rule, "after": q.After} {
 		if len(s) > 512 {
 			bad("%s: longer than 512 bytes", name)
@@ -211,10 +213,13 @@ const others = ` JOIN block b ON b.height = r.height
 func (q *Query) statement() (string, []any, error) {
 	var w where
 	from, time := "record k", "k.measured"
-	if q.Requester != "" || q.Case != "" {
+	if q.Requester != "" || q.Case != "" || q.Agency != "" {
 		from, time = "matter km JOIN record k ON k.idx = km.idx", "km.measured"
 		if q.Requester != "" {
 			w.and("km.requester = ?", q.Requester)
+		}
+		if q.Agency != "" { // agency or agency/name; after "/" comes "0"
+			w.and("(km.requester = ? OR km.requester >= ? AND km.requester < ?)", q.Agency, q.Agency+"/", q.Agency+"0")
 		}
 		if q.Case != "" {
 			w.and("km.case_number = ?", q.Case)

@@ -21,10 +21,12 @@ import (
 	"sync"
 	"time"
 
+	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
+	"github.com/stopline-traffic/stopline/pkg/validate"
 	"github.com/stopline-traffic/stopline/services/internal/agreed"
 	"github.com/stopline-traffic/stopline/services/internal/bus"
 	"github.com/stopline-traffic/stopline/services/internal/decided"
@@ -47,6 +49,8 @@ type Config struct {
 	Now func() time.Time
 	// Logger is optional.
 	Logger *slog.Logger
+	// API is how agencies ask. Optional: without it there is only the page.
+	API *APIConfig
 }
 
 // keepBlocks is how many of the newest blocks the page shows.
@@ -56,11 +60,13 @@ const keepBlocks = 12
 type Gateway struct {
 	cfg Config
 	log *slog.Logger
+	api *API // nil: none
 
 	mu        sync.Mutex // guards all below
 	councils  []council  // of validators, by since
 	known     *identity.Registry
 	junctions map[traffic.JunctionID]*JunctionView
+	live      map[traffic.JunctionID]live
 	devices   map[traffic.DeviceID]traffic.FrameKey // newest agreed frame
 	// undecided holds the newest periodic frame of this run until a command that
 	// rests on it is agreed.
@@ -213,11 +219,20 @@ func New(c Config) (*Gateway, error) {
 	if err := first.open(c.District); err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
-	g := &Gateway{cfg: c, log: c.Logger, councils: []council{first}, junctions: map[traffic.JunctionID]*JunctionView{},
+	g := &Gateway{cfg: c, log: c.Logger, councils: []council{first}, junctions: map[traffic.JunctionID]*JunctionView{}, live: map[traffic.JunctionID]live{},
 		devices: map[traffic.DeviceID]traffic.FrameKey{}, undecided: map[traffic.JunctionID]traffic.FrameKey{}, waiters: make(chan struct{}), started: c.Now()}
 	g.define(c.State.Registry())
+	if c.API != nil {
+		var err error
+		if g.api, err = newAPI(*c.API, g); err != nil {
+			return nil, err
+		}
+	}
 	return g, nil
 }
+
+// API is what agencies call, nil where there is none.
+func (g *Gateway) API() *API { return g.api }
 
 // define takes over what the registry says of junctions. Caller holds mu.
 func (g *Gateway) define(reg *identity.Registry) {
@@ -235,9 +250,16 @@ func (g *Gateway) define(reg *identity.Registry) {
 	}
 }
 
-// Run follows decisions and seals until ctx ends.
+// Run follows decisions and seals, and serves the API, until ctx ends.
 func (g *Gateway) Run(ctx context.Context) error {
-	return run.All(ctx,
+	api := run.Actor{Name: "API", Run: func(ctx context.Context) error {
+		<-ctx.Done()
+		return nil
+	}}
+	if g.api != nil {
+		api.Run = g.api.Run
+	}
+	return run.All(ctx, api,
 		run.Actor{Name: "decisions", Run: func(ctx context.Context) error {
 			return g.cfg.State.Run(ctx, g.cfg.Follow, g.block)
 		}},
@@ -252,6 +274,25 @@ func (g *Gateway) Run(ctx context.Context) error {
 }
 
 func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Registry) error {
+	accepted, err := g.take(b, reg)
+	if err != nil || g.api == nil {
+		return err
+	}
+	for i := range accepted {
+		g.api.decided(b, accepted[i].r, &accepted[i].c)
+	}
+	return nil
+}
+
+// accepted is a record of a block that can be read.
+type accepted struct {
+	r *decided.Record
+	c validate.Candidate
+}
+
+// take takes a block into the view, and returns its accepted records.
+func (g *Gateway) take(b *decided.Block, reg *identity.Registry) ([]accepted, error) {
+	var out []accepted
 	now := g.cfg.Now()
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -264,7 +305,7 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 	if b.Validators != nil {
 		next := council{b.Header.Height, b.Validators, nil}
 		if err := next.open(g.cfg.District); err != nil {
-			return fmt.Errorf("block %d: %w", b.Header.Height, err)
+			return nil, fmt.Errorf("block %d: %w", b.Header.Height, err)
 		}
 		g.councils = append(g.councils, next)
 	}
@@ -286,9 +327,11 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 			g.log.Warn("accepted record cannot be decoded", "height", b.Header.Height, "err", c.Err)
 			continue
 		}
+		out = append(out, accepted{r, c})
 		switch {
 		case c.Frame != nil:
 			g.frame(reg, c.Frame, r.Index, now)
+			g.note(reg, c.Frame, uint64(b.Header.Height), b.Header.Time, r.ReceivedAt, r.Index)
 		case c.Health != nil:
 			if j := g.junctions[c.Health.Junction]; j != nil {
 				j.health(c.Health, r.Index)
@@ -301,6 +344,7 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 			if j := g.junctions[c.Command.Junction]; j != nil {
 				j.commanded(c.Command.Rule, proof{r.Index, b.Header.Size}, g.sealed.Size)
 			}
+			g.amend(c.Command.Junction, func(s *pb.JunctionState) { s.Rule = c.Command.Rule })
 		}
 	}
 	g.blocks = append(g.blocks, v)
@@ -308,7 +352,7 @@ func (g *Gateway) block(_ context.Context, b *decided.Block, reg *identity.Regis
 		g.blocks = slices.Delete(g.blocks, 0, len(g.blocks)-keepBlocks)
 	}
 	g.changed()
-	return nil
+	return out, nil
 }
 
 // frame is called with mu held.
@@ -439,6 +483,7 @@ func (g *Gateway) Undecided() int {
 //	GET /v1/registry?type=TYPE       the registry in force, all of it or one type
 //	GET /v1/registry/{type}/{id}     one entry of it
 //	GET /v1/refusals/{commitment}    why a registry record was refused lately
+//	/v1/…, /openapi.json, /docs/     the API, where there is one
 func (g *Gateway) Handler() http.Handler {
 	mux := http.NewServeMux()
 	files, err := fs.Sub(pageFiles, "page")
@@ -447,7 +492,13 @@ func (g *Gateway) Handler() http.Handler {
 	}
 	mux.Handle("GET /", http.FileServerFS(files))
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, g.View()) })
-	mux.HandleFunc("GET /v1/live", g.live)
+	mux.HandleFunc("GET /v1/live", g.livePage)
+	if g.api != nil { // what is left of /v1/ is the API's
+		mux.Handle("/v1/", g.api.REST())
+		for _, path := range []string{"GET /openapi.json", "GET /docs", "GET /docs/"} {
+			mux.Handle(path, g.api.REST())
+		}
+	}
 	g.registryRoutes(mux)
 	return mux
 }
@@ -461,7 +512,7 @@ func writeJSON(w http.ResponseWriter, v any) {
 // liveEvery bounds how often one page is sent a new view.
 const liveEvery = 250 * time.Millisecond
 
-func (g *Gateway) live(w http.ResponseWriter, r *http.Request) {
+func (g *Gateway) livePage(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("Cache-Control", "no-store")
 	out := http.NewResponseController(w)

@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -35,12 +37,16 @@ const (
 	headerPurpose = "stopline-purpose"
 	headerCase    = "stopline-case"
 	headerBasis   = "stopline-legal-basis"
+	// headerCovert asks that the reading stays out of listings for so many days, at
+	// most as many as its purpose allows.
+	headerCovert = "stopline-covert-days"
 	// HeaderReceipt carries the answer's AccessReceipt, base64.
 	HeaderReceipt = "stopline-access-receipt"
 	// Between our own REST door and the gRPC server: a secret of this process, and
 	// whose certificate the door has seen.
 	headerInner = "stopline-inner"
 	headerCert  = "stopline-inner-certificate"
+	headerFrom  = "stopline-inner-from"
 )
 
 // Guard stands before every method: who asks, what for, may they, is it within
@@ -56,7 +62,7 @@ type Guard struct {
 	// Objects says what a request is about.
 	Objects func(ctx context.Context, method string, req proto.Message) ([]access.Object, error)
 	// Approved says which second person has approved a request, empty for nobody.
-	Approved func(method string, req proto.Message, by access.Principal) string
+	Approved func(req proto.Message, c call) string
 	Now      func() time.Time
 	Log      *slog.Logger
 	// Inner is the secret of the REST door.
@@ -93,7 +99,10 @@ type call struct {
 	purpose string
 	caseNo  string
 	basis   string
-	days    int
+	// approved is the second person, where there is one.
+	approved string
+	// source is where a call of the public comes from.
+	source string
 }
 
 type callKey struct{}
@@ -168,17 +177,42 @@ func (g *Guard) enter(ctx context.Context, method string, req proto.Message) (co
 		g.unauthenticated.Add(1)
 		return ctx, nil, refuse(codes.Unauthenticated, "CREDENTIALS", "credentials: a client certificate or a Bearer token is needed")
 	}
-	release, wait, ok := g.Limits.Enter(by, method, m)
+	c := call{by: by, purpose: first(md, headerPurpose), caseNo: first(md, headerCase), basis: first(md, headerBasis), source: g.source(ctx, md)}
+	release, wait, ok := g.Limits.Enter(c.account(), method, m)
 	if !ok {
 		g.limited.Add(1)
 		return ctx, nil, refuse(codes.ResourceExhausted, "LIMIT", fmt.Sprintf("limit: too many calls, try again in %s", wait), retryIn(wait))
 	}
-	e := &entered{g: g, method: method, m: m, release: release, call: call{by: by, purpose: first(md, headerPurpose), caseNo: first(md, headerCase), basis: first(md, headerBasis)}}
-	if err := g.decide(ctx, e, req); err != nil {
+	e := &entered{g: g, method: method, m: m, release: release, call: c}
+	if err := g.decide(ctx, e, md, req); err != nil {
 		release()
-		return ctx, nil, err
+		return ctx, e, err // what is on record has a receipt
 	}
 	return context.WithValue(ctx, callKey{}, e.call), e, nil
+}
+
+// account is whose limits a call counts against.
+func (c call) account() string {
+	if c.by.ID == "" {
+		return "\x00" + c.source // no agency's name
+	}
+	return c.by.Client.Agency
+}
+
+// source is the address that a call comes from.
+func (g *Guard) source(ctx context.Context, md metadata.MD) string {
+	if first(md, headerInner) == g.Inner && g.Inner != "" {
+		return first(md, headerFrom)
+	}
+	p, ok := peer.FromContext(ctx)
+	if !ok || p.Addr == nil {
+		return ""
+	}
+	host, _, err := net.SplitHostPort(p.Addr.String())
+	if err != nil {
+		return p.Addr.String()
+	}
+	return host
 }
 
 // entered is a call that is under way.
@@ -194,27 +228,29 @@ type entered struct {
 }
 
 // decide checks the request, asks the policy, and puts the answer on record.
-func (g *Guard) decide(ctx context.Context, e *entered, req proto.Message) error {
+func (g *Guard) decide(ctx context.Context, e *entered, md metadata.MD, req proto.Message) error {
 	if err := g.validator.Validate(req); err != nil {
 		g.invalid.Add(1)
 		return invalid(err)
 	}
+	if e.m.Public {
+		return nil
+	}
+	covert, err := covertDays(md)
+	if err != nil {
+		g.invalid.Add(1)
+		return err
+	}
 	var unresolved error
 	if g.Objects != nil {
-		e.objects, unresolved = g.Objects(ctx, e.method, req)
+		e.objects, unresolved = g.Objects(context.WithValue(ctx, callKey{}, e.call), e.method, req)
 	}
-	approved := ""
 	if g.Approved != nil {
-		approved = g.Approved(e.method, req, e.call.by)
+		e.call.approved = g.Approved(req, e.call)
 	}
-	d := g.Engine().Decide(access.Call{Principal: e.call.by, Method: e.method, Objects: e.objects, Purpose: e.call.purpose, Case: e.call.caseNo,
-		LegalBasis: e.call.basis, ApprovedBy: approved, Time: g.Now()})
-	e.call.days = d.CovertDays
-	if e.m.Public {
-		if unresolved != nil {
-			return unresolved
-		}
-		return nil
+	d := g.may(e, e.call.by)
+	if d.Granted && covert > d.CovertDays {
+		d = access.Decision{Reason: fmt.Sprintf("%s: purpose %s allows at most %d days", headerCovert, e.call.purpose, d.CovertDays)}
 	}
 	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(req)
 	if err != nil {
@@ -223,6 +259,9 @@ func (g *Guard) decide(ctx context.Context, e *entered, req proto.Message) error
 	e.record = traffic.Access{District: g.District, Time: g.Now().UTC(), By: traffic.Agent{Agency: e.call.by.Client.Agency, Name: e.call.by.ID},
 		Method: e.method, Purpose: clip(e.call.purpose), Case: clip(e.call.caseNo), LegalBasis: clip(e.call.basis), Granted: d.Granted, Policies: d.Policies,
 		Phase: traffic.AccessUnary, Count: 1, Request: sha256.Sum256(b)}
+	if d.Granted && covert > 0 { // what was denied is never hidden
+		e.record.CovertUntil = e.record.Time.AddDate(0, 0, covert)
+	}
 	for _, o := range e.objects[:min(len(e.objects), 1000)] {
 		e.record.Objects = append(e.record.Objects, o.String())
 	}
@@ -238,6 +277,25 @@ func (g *Guard) decide(ctx context.Context, e *entered, req proto.Message) error
 		return refuse(codes.PermissionDenied, "POLICY", d.Reason)
 	}
 	return unresolved
+}
+
+// may asks the policy about a call as it is now.
+func (g *Guard) may(e *entered, by access.Principal) access.Decision {
+	return g.Engine().Decide(access.Call{Principal: by, Method: e.method, Objects: e.objects, Purpose: e.call.purpose, Case: e.call.caseNo,
+		LegalBasis: e.call.basis, ApprovedBy: e.call.approved, Time: g.Now()})
+}
+
+// covertDays reads for how long a reading is to stay out of listings.
+func covertDays(md metadata.MD) (int, error) {
+	v := first(md, headerCovert)
+	if v == "" {
+		return 0, nil
+	}
+	n, err := strconv.Atoi(v)
+	if err != nil || n < 1 || n > 366 {
+		return 0, invalidField(headerCovert, "range", "must be a number of days, 1 to 366")
+	}
+	return n, nil
 }
 
 // clip bounds what somebody has written into a header, for a record.
@@ -275,7 +333,7 @@ func encodeAccess(a traffic.Access) func(traffic.Turn) []byte {
 
 // receipt is the header of an answer, empty where there is none.
 func (e *entered) receipt() metadata.MD {
-	if e.promise == (Promise{}) {
+	if e == nil || e.promise == (Promise{}) {
 		return nil
 	}
 	b, err := proto.Marshal(e.g.Recorder.Receipt(e.promise))
@@ -292,15 +350,15 @@ func (g *Guard) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, 
 		return nil, refuse(codes.Internal, "INTERNAL", "request: is no message")
 	}
 	ctx, e, err := g.enter(ctx, info.FullMethod, m)
-	if err != nil {
-		return nil, err
-	}
-	defer e.release()
 	if md := e.receipt(); md != nil {
 		if err := grpc.SetHeader(ctx, md); err != nil {
 			return nil, refuse(codes.Internal, "INTERNAL", "header: "+err.Error())
 		}
 	}
+	if err != nil {
+		return nil, err
+	}
+	defer e.release()
 	return handler(ctx, req)
 }
 
@@ -310,20 +368,29 @@ const recheck = 2 * time.Second
 // Stream is the interceptor of streams. The request is the first message; the
 // method gets it from a stream that hands it out again.
 func (g *Guard) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if strings.HasPrefix(info.FullMethod, "/grpc.reflection.") { // says what the API is, and that is public
+		md, _ := metadata.FromIncomingContext(ss.Context())
+		release, wait, ok := g.Limits.Enter(call{source: g.source(ss.Context(), md)}.account(), info.FullMethod, access.Method{Public: true, Stream: true})
+		if !ok {
+			return refuse(codes.ResourceExhausted, "LIMIT", fmt.Sprintf("limit: too many calls, try again in %s", wait), retryIn(wait))
+		}
+		defer release()
+		return handler(srv, ss)
+	}
 	ctx, cancel := context.WithCancelCause(ss.Context())
 	defer cancel(nil)
 	s := &guarded{ServerStream: ss, ctx: ctx}
 	s.enter = func(m proto.Message) error {
 		ctx, e, err := g.enter(s.ctx, info.FullMethod, m)
+		if md := e.receipt(); md != nil {
+			if err := ss.SetHeader(md); err != nil && ctx.Err() == nil {
+				return err
+			}
+		}
 		if err != nil {
 			return err
 		}
 		s.ctx, s.entered = ctx, e
-		if md := e.receipt(); md != nil {
-			if err := ss.SetHeader(md); err != nil {
-				return err
-			}
-		}
 		s.watch.Go(func() { g.watch(ctx, cancel, e, s) })
 		return nil
 	}
@@ -381,8 +448,7 @@ func (g *Guard) watch(ctx context.Context, end context.CancelCauseFunc, e *enter
 		by, ok := g.Auth.Still(e.call.by.ID)
 		d := access.Decision{Reason: "client: is not in the registry any more"}
 		if ok {
-			d = g.Engine().Decide(access.Call{Principal: by, Method: e.method, Objects: e.objects, Purpose: e.call.purpose, Case: e.call.caseNo,
-				LegalBasis: e.call.basis, ApprovedBy: s.approved, Time: g.Now()})
+			d = g.may(e, by)
 		}
 		if !d.Granted {
 			g.denied.Add(1)
@@ -406,12 +472,11 @@ func (g *Guard) watch(ctx context.Context, end context.CancelCauseFunc, e *enter
 // guarded is a stream behind the guard.
 type guarded struct {
 	grpc.ServerStream
-	ctx      context.Context
-	enter    func(proto.Message) error
-	entered  *entered
-	approved string
-	sent     atomic.Uint64
-	watch    sync.WaitGroup
+	ctx     context.Context
+	enter   func(proto.Message) error
+	entered *entered
+	sent    atomic.Uint64
+	watch   sync.WaitGroup
 }
 
 func (s *guarded) Context() context.Context { return s.ctx }
@@ -442,6 +507,12 @@ func (s *guarded) SendMsg(m any) error {
 	}
 	s.sent.Add(1)
 	return nil
+}
+
+// invalidField refuses a request for one field.
+func invalidField(field, rule, text string) error {
+	return refuse(codes.InvalidArgument, "INVALID", field+": "+text,
+		&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: field, Description: text, Reason: rule}}})
 }
 
 // invalid names the field and the rule of a request that is refused.

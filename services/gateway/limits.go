@@ -40,10 +40,9 @@ const (
 	lanePriority = "priority"
 )
 
-// Enter takes a place; release gives it back. Where there is none, wait says when
-// to come again.
-func (l *Limits) Enter(by access.Principal, method string, m access.Method) (release func(), wait time.Duration, ok bool) {
-	agency := by.Client.Agency
+// Enter takes a place on an agency's account; release gives it back. Where there
+// is none, wait says when to come again.
+func (l *Limits) Enter(agency, method string, m access.Method) (release func(), wait time.Duration, ok bool) {
 	lane, most := laneCalls, l.Concurrent
 	switch {
 	case m.Priority:

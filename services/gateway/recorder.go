@@ -44,6 +44,9 @@ type Recorder struct {
 	lagging string // why nothing may be promised; empty: it may
 	agreed  map[ledger.Hash]*awaiting
 	counts  RecorderCounts
+	// stored is the number of the newest message in the stream that is this
+	// recorder's, handed that of the newest one that ingest has.
+	stored, handed uint64
 
 	kick  chan struct{}
 	ready chan struct{}
@@ -141,8 +144,21 @@ func (r *Recorder) Run(ctx context.Context) error {
 		return err
 	}
 	defer sender.Close()
-	if err := r.begin(ctx); err != nil {
-		return err
+	// Without the stream nothing is promised, and so nothing answered: that ends
+	// when it is there, and is no reason to end the gateway.
+	for wait := time.Second; ; wait = min(2*wait, 10*time.Second) {
+		err := r.begin(ctx)
+		if err == nil {
+			break
+		}
+		if ctx.Err() == nil {
+			r.log.Error("gateway: readings cannot be put on record, and are not answered", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
 	}
 	return run.All(ctx,
 		run.Actor{Name: "commit", Run: r.commit},
@@ -159,6 +175,7 @@ func (r *Recorder) begin(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("gateway: stream %s: %w", topic.AccessStream, err)
 	}
+	var last uint64
 	m, err := s.GetLastMsgForSubject(ctx, topic.Access(r.cfg.District, r.cfg.Name))
 	switch {
 	case errors.Is(err, jetstream.ErrMsgNotFound):
@@ -169,12 +186,24 @@ func (r *Recorder) begin(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("gateway: stream %s: %w", topic.AccessStream, err)
 		}
+		last = m.Sequence
 		for _, rec := range b.Records {
 			epoch = max(epoch, epochOf(wire.Candidate(rec.Envelope, rec.Salt))+1)
 		}
 	}
+	handed := uint64(0)
+	switch c, err := s.Consumer(ctx, topic.Token(r.cfg.Name)); {
+	case errors.Is(err, jetstream.ErrConsumerNotFound): // the first start
+	case err != nil:
+		return fmt.Errorf("gateway: stream %s: %w", topic.AccessStream, err)
+	default:
+		i := c.CachedInfo()
+		if handed = i.AckFloor.Stream; i.NumPending == 0 && i.NumAckPending == 0 {
+			handed = last
+		}
+	}
 	r.mu.Lock()
-	r.epoch = epoch
+	r.epoch, r.stored, r.handed = epoch, last, handed
 	r.mu.Unlock()
 	close(r.ready)
 	return nil
@@ -295,10 +324,12 @@ func (r *Recorder) store(ctx context.Context, recs []*recording) error {
 	id := ledger.RequestID(data)
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if err := r.cfg.Bus.Publish(ctx, topic.Access(r.cfg.District, r.cfg.Name), hex.EncodeToString(id[:]), data); err != nil {
+	seq, err := r.cfg.Bus.PublishMsg(ctx, bus.Msg{Subject: topic.Access(r.cfg.District, r.cfg.Name), ID: hex.EncodeToString(id[:]), Data: data})
+	if err != nil {
 		return err
 	}
 	r.mu.Lock()
+	r.stored = max(r.stored, seq)
 	r.counts.Recorded += uint64(len(recs))
 	r.counts.Commits++
 	r.mu.Unlock()
@@ -363,8 +394,29 @@ func (r *Recorder) hand(ctx context.Context, sender *bus.Sender, m *bus.Msg) err
 	}
 	r.mu.Lock()
 	r.counts.Forwarded += uint64(len(b.Records))
+	r.handed = max(r.handed, m.Seq)
 	r.mu.Unlock()
 	return nil
+}
+
+// Flush waits until ingest has everything that is stored, or ctx ends.
+func (r *Recorder) Flush(ctx context.Context) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		r.mu.Lock()
+		done := r.handed >= r.stored || r.counts.Recorded == 0
+		r.mu.Unlock()
+		if done {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			r.log.Warn("gateway: what is on record is not with ingest yet; the next start brings it there")
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 func (r *Recorder) broken(why string, commitment ledger.Hash) {
@@ -378,7 +430,7 @@ func (r *Recorder) broken(why string, commitment ledger.Hash) {
 func (r *Recorder) watchLag(ctx context.Context) error {
 	tick := time.NewTicker(5 * time.Second)
 	defer tick.Stop()
-	last, since := RecorderCounts{}, time.Now()
+	last, since := uint64(0), time.Now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -386,12 +438,11 @@ func (r *Recorder) watchLag(ctx context.Context) error {
 		case <-tick.C:
 		}
 		r.mu.Lock()
-		now := r.counts
-		if now.Forwarded+now.Refused >= now.Recorded || now.Forwarded != last.Forwarded {
+		if r.handed >= r.stored || r.handed != last {
 			since = time.Now()
 		}
 		lag := time.Since(since)
-		last = now
+		last = r.handed
 		if r.lagging = ""; lag > r.cfg.MaxLag {
 			r.lagging = fmt.Sprintf("ingest has taken no reading for %s", lag.Round(time.Second))
 		}

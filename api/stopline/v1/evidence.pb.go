@@ -1063,10 +1063,10 @@ const file_stopline_v1_evidence_proto_rawDesc = "" +
 	"\x14VerifyBundleResponse\x12\x1a\n" +
 	"\bverified\x18\x01 \x01(\bR\bverified\x12\x1c\n" +
 	"\tstatement\x18\x02 \x01(\tR\tstatement\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"v\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"w\n" +
 	"\x14ExportRecordsRequest\x129\n" +
-	"\x06filter\x18\x01 \x01(\v2\x19.stopline.v1.RecordFilterB\x06\xbaH\x03\xc8\x01\x01R\x06filter\x12#\n" +
-	"\bapproval\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18@R\bapproval\"N\n" +
+	"\x06filter\x18\x01 \x01(\v2\x19.stopline.v1.RecordFilterB\x06\xbaH\x03\xc8\x01\x01R\x06filter\x12$\n" +
+	"\bapproval\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x04R\bapproval\"N\n" +
 	"\x15ExportRecordsResponse\x125\n" +
 	"\arecords\x18\x01 \x03(\v2\x1b.stopline.v1.ExportedRecordR\arecords\"m\n" +
 	"\x0eExportedRecord\x12+\n" +
