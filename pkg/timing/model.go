@@ -1,6 +1,7 @@
 package timing
 
 import (
+	"math"
 	"slices"
 
 	"github.com/stopline-traffic/stopline/pkg/traffic"
@@ -49,7 +50,8 @@ type moveModel struct {
 }
 
 type stageModel struct {
-	minGreen int32
+	minGreen    int32
+	leastChange int32 // to whatever stage takes least
 }
 
 // What a movement may do in a row.
@@ -62,8 +64,10 @@ const (
 
 // Settings of the model. One set serves every network.
 const (
-	headwayMS     = 1850 // between vehicles that leave a queue at a protected green
-	giveHeadwayMS = 2800 // and at a permissive one
+	headwayMS      = 1850 // between vehicles that leave a queue at a protected green
+	headwayPercent = 70
+	leastHeadwayMS = 1000 // no queue is faster than that
+	giveHeadwayMS  = 2800 // and at a permissive one
 )
 
 func modelOf(j *traffic.Junction, r Rules) *model {
@@ -156,6 +160,17 @@ func modelOf(j *traffic.Junction, r Rules) *model {
 			}
 		}
 	}
+	for a := range n {
+		least := int32(math.MaxInt32)
+		for b := range n {
+			if a != b {
+				least = min(least, m.change[a*n+b])
+			}
+		}
+		if least < math.MaxInt32 {
+			m.stages[a].leastChange = least
+		}
+	}
 	m.grid = int32(min(max(r.DecisionMS, 1000), 60_000))
 	for _, s := range []int32{0, 1, 2, 3, 5, 7, 10, 14, 20, 28} {
 		at := (s*1000 + m.grid - 1) / m.grid * m.grid
@@ -172,7 +187,7 @@ func headwayOf(perHour int) int32 {
 	if perHour <= 0 {
 		return headwayMS
 	}
-	return int32(min(max(3_600_000/perHour, 1_200), 6_000))
+	return int32(min(max(3_600_000*headwayPercent/100/perHour, leastHeadwayMS), 6_000))
 }
 
 func aspectByte(a traffic.Aspect) byte {

@@ -140,16 +140,14 @@ func (p *scratch) search(cur int, switching int64) {
 			p.serve(s, row, at, d, -1)
 			at = d
 		}
-		if p.bound(s, at) >= p.best+p.margin {
+		if p.bound(s, at, nil, 0) >= p.best+p.margin {
 			break
 		}
 		for b := range p.m.stages {
 			if b == cur || !p.useful(s, b) {
 				continue
 			}
-			t.copyFrom(s)
-			t.cost += switching
-			p.run1(1, p.transit(t, at, cur, b), b, chain, b, d > 0, switching)
+			p.branch(s, 1, at, cur, b, chain, b, d > 0, switching)
 		}
 	}
 }
@@ -200,20 +198,17 @@ func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool, switchi
 			p.leaf(s, first, stays)
 			return
 		}
-		if p.bound(s, t) >= p.best+p.margin {
+		if p.bound(s, t, nil, 0) >= p.best+p.margin {
 			return
 		}
 		if at == 1 && k == p.cur {
 			p.at = t
 		}
-		n := &p.states[at+1]
 		for b := range p.m.stages {
 			if b == k || !p.useful(s, b) {
 				continue
 			}
-			n.copyFrom(s)
-			n.cost += switching
-			p.run1(at+1, p.transit(n, t, k, b), b, depth-1, first, stays, switching)
+			p.branch(s, at+1, t, k, b, depth-1, first, stays, switching)
 		}
 		// Until the next one comes for whom the stage is green.
 		next := p.next(s, row, t)
@@ -271,28 +266,48 @@ func (p *scratch) final(s *state) int64 {
 	return c
 }
 
-// bound is less than any plan from here can cost: every lane served from now on
-// as if it had the junction to itself.
-func (p *scratch) bound(s *state, t int32) int64 {
+// bound is less than any plan from here can cost: every lane served from t on as
+// if it had the junction to itself, and those that the row, if there is one, does
+// not let go not before late.
+func (p *scratch) bound(s *state, t int32, row []byte, late int32) int64 {
 	c := s.cost
 	for l := range p.m.lanes {
+		i := s.head[l]
+		if i >= p.end[l] {
+			continue
+		}
 		at := max(s.nf[l], t)
-		for i := s.head[l]; i < p.end[l]; i++ {
-			if p.arr[i] >= planMS {
+		if row != nil && row[p.mv[i]] == stop {
+			at = max(at, late)
+		}
+		var step int32 = leastHeadwayMS
+		if p.m.lanes[l].walk {
+			step = 0
+		}
+		for ; i < p.end[l]; i++ {
+			arr := p.arr[i]
+			if arr >= planMS {
 				break
 			}
-			at = max(at, p.arr[i])
-			if at >= planMS {
-				c += int64(p.w[i]) * int64(planMS-p.arr[i])
-				continue
-			}
-			c += int64(p.w[i]) * int64(at-p.arr[i])
-			if !p.m.lanes[l].walk {
-				at += headwayMS
-			}
+			at = max(at, arr)
+			c += int64(p.w[i]) * int64(min(at, planMS)-arr)
+			at += step
 		}
 	}
 	return c
+}
+
+// branch tries stage b after stage a, from s at t, with the plan's last states.
+func (p *scratch) branch(s *state, at int, t int32, a, b, depth, first int, stays bool, switching int64) {
+	n := &p.states[at]
+	n.copyFrom(s)
+	n.cost += switching
+	t = p.transit(n, t, a, b)
+	late := t + p.m.stages[b].minGreen + p.m.stages[b].leastChange
+	if p.bound(n, t, p.m.row(b), late) >= p.best+p.margin {
+		return
+	}
+	p.run1(at, t, b, depth, first, stays, switching)
 }
 
 // transit leads s from stage a to stage b and returns when b begins.

@@ -324,6 +324,15 @@ func BoxOccupied(j *traffic.Junction, readings []traffic.Reading) []bool {
 	return out
 }
 
+// Heading returns the stage that is shown, or that the change under way leads to;
+// -1 where there is neither.
+func (s *Sequencer) Heading() int {
+	if s.to >= 0 {
+		return s.to
+	}
+	return s.stage
+}
+
 // Signal returns what the lamps show as of the last Next, for a frame: Stage is
 // -1 while a change is under way, SinceMS how long the stage, or the change, has
 // lasted. Mode and Trip are the caller's to fill in.

@@ -72,14 +72,15 @@ func (c CoreConfig) Validate() error {
 
 // Core decides for all junctions of a district. Not safe for concurrent use.
 type Core struct {
-	cfg      CoreConfig
-	memory   map[traffic.JunctionID]timing.Memory
-	last     map[traffic.JunctionID]uint64 // newest command's seq
-	health   healthState
+	cfg    CoreConfig
+	memory map[traffic.JunctionID]timing.Memory
+	last   map[traffic.JunctionID]uint64 // newest command's seq
+	health healthState
 	// announced are each junction's newest outflow and the one before: neighbours
 	// plan with the newest from before their own frame, whatever the order within
 	// a block.
 	announced map[traffic.JunctionID][2]timing.Outflow
+	unsaid    []timing.Outflow // since the last Outflows
 }
 
 // NewCore returns a Core that remembers nothing.
@@ -175,7 +176,7 @@ func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, 
 	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], v)
 	c.memory[j.ID] = m
 	if !c.cfg.Isolated {
-		c.keep(timing.Announce(j, m))
+		c.announce(timing.Announce(j, m))
 	}
 	if d.Stage < 0 || d.Stage >= len(j.Stages) {
 		return traffic.Command{}, fmt.Errorf("controller %s wants stage %d of %d", c.cfg.Controller.Name, d.Stage, len(j.Stages))

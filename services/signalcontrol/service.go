@@ -18,6 +18,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/kind"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/timing"
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/internal/agreed"
@@ -68,6 +69,8 @@ type Counters struct {
 	HealthSealed atomic.Uint64 // of them, those that ingest has stored
 	HealthLost   atomic.Uint64 // of them, those that can never be sealed
 
+	BadOutflows atomic.Uint64 // announcements that cannot be read, or are not where they belong
+
 	Plans       atomic.Uint64 // fall-back plans
 	PlansSealed atomic.Uint64 // of them, those that ingest has stored
 }
@@ -84,6 +87,8 @@ type Service struct {
 	stale        atomic.Bool
 
 	maySay bool // that health may not be signed: once; owned by block
+
+	unheard []timing.Outflow // from elsewhere, for the next block; guarded by mu
 
 	mu      sync.Mutex
 	pending []*waiting // words that are not sealed yet, the oldest first; guarded by mu
@@ -189,6 +194,7 @@ func (s *Service) Run(ctx context.Context) error {
 	return run.All(ctx,
 		run.Actor{Name: "decide", Run: func(ctx context.Context) error { return s.cfg.State.Run(ctx, s.cfg.Follow, s.block) }},
 		run.Actor{Name: "watch", Run: s.watch},
+		run.Actor{Name: "listen", Run: s.listen},
 	)
 }
 
@@ -222,6 +228,7 @@ func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Reg
 		return nil
 	}
 	now := s.cfg.Now()
+	s.hear()
 	orders, refused := s.core.Decide(now, b.Header.Height, frames, reg.Junction)
 	for _, r := range refused {
 		if r.Stale {
@@ -246,6 +253,7 @@ func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Reg
 		s.Counters.Sent.Add(1)
 		s.lastDecision.Store(now.UnixNano())
 	}
+	s.announce()
 	s.health(ctx, reg) // after the commands: those are in a hurry
 	s.plans(ctx, b.Header.Height, frames, reg)
 	return nil
