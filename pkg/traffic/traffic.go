@@ -294,6 +294,7 @@ const (
 	Coordinated Mode = "coordinated" // obeys signal-control
 	Local       Mode = "local"       // runs its own plan, commands are missing or stale
 	Tripped     Mode = "tripped"     // the interlock has latched
+	Overridden  Mode = "override"    // in an operator's hand
 )
 
 // CommandResult is what a roadside unit did with one command.
@@ -311,6 +312,8 @@ type Signal struct {
 	Mode    Mode  `json:"mode"`
 	// Trip is the interlock's reason while Mode is Tripped.
 	Trip string `json:"trip,omitempty"`
+	// Override is the id of the override in force; empty for none.
+	Override string `json:"override,omitempty"`
 }
 
 // FrameKey identifies a frame: (device, boot epoch, sequence).

@@ -137,9 +137,12 @@ func signal(j *traffic.Junction, s traffic.Signal) Verdict {
 		return refuse(RuleSignal, "signal.since_ms: %d, must not be negative", s.SinceMS)
 	}
 	switch s.Mode {
-	case traffic.Coordinated, traffic.Local, traffic.Tripped:
+	case traffic.Coordinated, traffic.Local, traffic.Overridden, traffic.Tripped:
 	default:
-		return refuse(RuleSignal, "signal.mode: %.20q, must be coordinated, local or tripped", string(s.Mode))
+		return refuse(RuleSignal, "signal.mode: %.20q, must be coordinated, local, override or tripped", string(s.Mode))
+	}
+	if len(s.Override) > maxText {
+		return refuse(RuleSize, "signal.override: %d bytes, at most %d", len(s.Override), maxText)
 	}
 	if len(s.Trip) > maxText {
 		return refuse(RuleSize, "signal.trip: %d bytes, at most %d", len(s.Trip), maxText)

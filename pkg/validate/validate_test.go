@@ -66,7 +66,7 @@ func TestFrameRules(t *testing.T) {
 			func(f *traffic.Frame) { f.Signal.Stage = -1 }},
 		{"negative since", RuleSignal, func(f *traffic.Frame) { f.Signal.SinceMS = -1 }, "signal.since_ms: -1, must not be negative",
 			func(f *traffic.Frame) { f.Signal.SinceMS = 0 }},
-		{"mode", RuleSignal, func(f *traffic.Frame) { f.Signal.Mode = "manual" }, `signal.mode: "manual", must be coordinated, local or tripped`,
+		{"mode", RuleSignal, func(f *traffic.Frame) { f.Signal.Mode = "manual" }, `signal.mode: "manual", must be coordinated, local, override or tripped`,
 			func(f *traffic.Frame) { f.Signal.Mode = traffic.Tripped; f.Signal.Trip = "conflict" }},
 		{"trip's text", RuleSize, func(f *traffic.Frame) { f.Signal.Trip = longTrip }, "signal.trip: 257 bytes, at most 256",
 			func(f *traffic.Frame) { f.Signal.Trip = longTrip[1:] }},

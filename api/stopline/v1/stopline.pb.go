@@ -494,9 +494,11 @@ type Signal struct {
 	// -1 between stages.
 	Stage   int32  `protobuf:"zigzag32,2,opt,name=stage,proto3" json:"stage,omitempty"`
 	SinceMs uint64 `protobuf:"varint,3,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"`
-	// coordinated, local or tripped.
-	Mode          string `protobuf:"bytes,4,opt,name=mode,proto3" json:"mode,omitempty"`
-	Trip          string `protobuf:"bytes,5,opt,name=trip,proto3" json:"trip,omitempty"`
+	// coordinated, local, override or tripped.
+	Mode string `protobuf:"bytes,4,opt,name=mode,proto3" json:"mode,omitempty"`
+	Trip string `protobuf:"bytes,5,opt,name=trip,proto3" json:"trip,omitempty"`
+	// Id of the override by which the junction is in an operator's hand.
+	Override      string `protobuf:"bytes,6,opt,name=override,proto3" json:"override,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -562,6 +564,13 @@ func (x *Signal) GetMode() string {
 func (x *Signal) GetTrip() string {
 	if x != nil {
 		return x.Trip
+	}
+	return ""
+}
+
+func (x *Signal) GetOverride() string {
+	if x != nil {
+		return x.Override
 	}
 	return ""
 }
@@ -2381,13 +2390,14 @@ const file_stopline_v1_stopline_proto_rawDesc = "" +
 	"\x05Event\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\rR\x04code\x12\x14\n" +
 	"\x05param\x18\x02 \x01(\rR\x05param\x12\x1b\n" +
-	"\toffset_ms\x18\x03 \x01(\rR\boffsetMs\"w\n" +
+	"\toffset_ms\x18\x03 \x01(\rR\boffsetMs\"\x93\x01\n" +
 	"\x06Signal\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x14\n" +
 	"\x05stage\x18\x02 \x01(\x11R\x05stage\x12\x19\n" +
 	"\bsince_ms\x18\x03 \x01(\x04R\asinceMs\x12\x12\n" +
 	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x12\n" +
-	"\x04trip\x18\x05 \x01(\tR\x04trip\"S\n" +
+	"\x04trip\x18\x05 \x01(\tR\x04trip\x12\x1a\n" +
+	"\boverride\x18\x06 \x01(\tR\boverride\"S\n" +
 	"\rCommandResult\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x18\n" +
 	"\aapplied\x18\x02 \x01(\bR\aapplied\x12\x16\n" +

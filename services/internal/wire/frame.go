@@ -169,6 +169,8 @@ func fastSignal(p *reader, v *traffic.Signal) {
 			v.Mode = traffic.Mode(r.str())
 		case 5:
 			v.Trip = r.str()
+		case 6:
+			v.Override = r.str()
 		default:
 			r.bad = true
 		}

@@ -20,7 +20,7 @@ func fullFrame() *traffic.Frame {
 		Readings: []traffic.Reading{{Detector: "d1", Count: math.MaxUint32, OccupancyPermille: 250, SpeedCMS: 1300, Vehicles: 4, Halted: 2,
 			HeadWaitMS: 900, Priority: traffic.Bus}, {}, {Detector: "d2", Count: 1}},
 		Events:  []traffic.Event{{Code: math.MaxUint16, Param: 2, OffsetMS: 300}, {Param: math.MaxUint16}},
-		Signal:  traffic.Signal{State: "Gr", Stage: -1, SinceMS: 1200, Mode: traffic.Local, Trip: "x"},
+		Signal:  traffic.Signal{State: "Gr", Stage: -1, SinceMS: 1200, Mode: traffic.Local, Trip: "x", Override: "o"},
 		Results: []traffic.CommandResult{{Seq: 7, Applied: false, Reason: "expired"}, {Seq: 8, Applied: true}},
 	}
 }

@@ -156,14 +156,14 @@ func EncodeFrame(f *traffic.Frame) []byte { return marshal(FrameToProto(f)) }
 
 // SignalToProto returns the wire form of a signal.
 func SignalToProto(s traffic.Signal) *pb.Signal {
-	return &pb.Signal{State: string(s.State), Stage: int32(s.Stage), SinceMs: uint64(max(s.SinceMS, 0)), Mode: string(s.Mode), Trip: s.Trip}
+	return &pb.Signal{State: string(s.State), Stage: int32(s.Stage), SinceMs: uint64(max(s.SinceMS, 0)), Mode: string(s.Mode), Trip: s.Trip, Override: s.Override}
 }
 
 // SignalFromProto is the reverse of [SignalToProto].
 func SignalFromProto(s *pb.Signal) traffic.Signal {
 	return traffic.Signal{
 		State: traffic.State(s.GetState()), Stage: int(s.GetStage()),
-		SinceMS: int64(min(s.GetSinceMs(), math.MaxInt64)), Mode: traffic.Mode(s.GetMode()), Trip: s.GetTrip(),
+		SinceMS: int64(min(s.GetSinceMs(), math.MaxInt64)), Mode: traffic.Mode(s.GetMode()), Trip: s.GetTrip(), Override: s.GetOverride(),
 	}
 }
 

@@ -27,7 +27,7 @@ func frame() *traffic.Frame {
 		Prev: [32]byte{1, 2, 3}, Time: time.Unix(1_700_000_000, 123).UTC(), Interval: time.Second,
 		Readings: []traffic.Reading{{Detector: "d1", Count: 1, OccupancyPermille: 250, SpeedCMS: 1300, Vehicles: 4, Halted: 2, HeadWaitMS: 900, Priority: traffic.Bus}},
 		Events:   []traffic.Event{{Code: 1, Param: 2, OffsetMS: 300}},
-		Signal:   traffic.Signal{State: "Gr", Stage: -1, SinceMS: 1200, Mode: traffic.Local, Trip: "x"},
+		Signal:   traffic.Signal{State: "Gr", Stage: -1, SinceMS: 1200, Mode: traffic.Local, Trip: "x", Override: "o"},
 		Results:  []traffic.CommandResult{{Seq: 7, Applied: false, Reason: "expired"}},
 	}
 }
