@@ -57,6 +57,8 @@ type APIConfig struct {
 	Timeout time.Duration
 	// Drain is how long calls may go on when the gateway ends; 0 is 5 s.
 	Drain time.Duration
+	// Devices lets devices be brought in and retired; nil only lists them.
+	Devices *DevicesConfig
 	// HTTP reaches OIDC issuers; nil is a client that follows no redirects.
 	HTTP *http.Client
 }
@@ -76,6 +78,9 @@ func (c *APIConfig) Validate() error {
 	}
 	if given := c.CertFile != "" && c.KeyFile != ""; given == c.Insecure || (c.CertFile == "") != (c.KeyFile == "") {
 		bad("CertFile and KeyFile: must be given, or Insecure, and not both")
+	}
+	if c.Devices != nil {
+		errs = append(errs, c.Devices.Validate())
 	}
 	if c.MaxBody < 0 || c.Timeout < 0 || c.Drain < 0 {
 		bad("MaxBody, Timeout, Drain: must not be negative")

@@ -54,7 +54,7 @@ func (a *API) makeParts() ([]part, error) {
 	}
 	return []part{
 		newTrafficPart(a), newEvidencePart(a), registry, newAccessPart(a), newLogPart(a),
-		unimplementedPriority{}, unimplementedDevices{},
+		unimplementedPriority{}, newDevicesPart(a, a.cfg.Name, a.cfg.Devices),
 	}, nil
 }
 
@@ -86,14 +86,5 @@ type unimplementedPriority struct {
 
 func (p unimplementedPriority) register(s *grpc.Server) { pb.RegisterPriorityServiceServer(s, p) }
 func (unimplementedPriority) objects(context.Context, string, proto.Message) ([]access.Object, error) {
-	return nil, nil
-}
-
-type unimplementedDevices struct {
-	pb.UnimplementedDeviceServiceServer
-}
-
-func (p unimplementedDevices) register(s *grpc.Server) { pb.RegisterDeviceServiceServer(s, p) }
-func (unimplementedDevices) objects(context.Context, string, proto.Message) ([]access.Object, error) {
 	return nil, nil
 }
