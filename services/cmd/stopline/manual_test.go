@@ -29,6 +29,7 @@ func TestManualPages(t *testing.T) {
 		"token":     {"--data DIR", "--device ID", "--for DURATION", "Default: 24h0m0s", "--json"},
 		"witness":   {"--config FILE", "--check", "--write-config DIR", "--name NAME", "--log VKEY", "--listen ADDRESS", "Default: 127.0.0.1:7380", "/add-checkpoint"},
 		"log":       {"log check", "--genesis FILE", "--policy FILE", "--seen FILE", "EXIT STATUS"},
+		"plan":      {"plan check", "plan diff A B", "plan export ID", "plan simulate", "--config FILE", "--json", "EXIT STATUS"},
 		"version":   {},
 	}
 	option := regexp.MustCompile(`(?m)^    --[a-z-]+( [A-Z]+)?\n        \S`)
