@@ -490,7 +490,15 @@ func (g *Gateway) Handler() http.Handler {
 	if err != nil {
 		panic(err) // unreachable: the folder is embedded
 	}
-	mux.Handle("GET /", http.FileServerFS(files))
+	page := http.FileServerFS(files)
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { // without a method: /v1/ is the narrower one then
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			w.Header().Set("Allow", "GET, HEAD")
+			http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
+			return
+		}
+		page.ServeHTTP(w, r)
+	})
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, g.View()) })
 	mux.HandleFunc("GET /v1/live", g.livePage)
 	if g.api != nil { // what is left of /v1/ is the API's

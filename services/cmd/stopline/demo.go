@@ -29,7 +29,7 @@ import (
 
 var demoCommand = command{
 	name:     "demo",
-	synopsis: "stopline demo [--sumo FILE.sumocfg] [--for DURATION] [--data DIR] [--listen ADDR] [--grpc ADDR]\n              [--mqtt ADDR [--mqtt-ws ADDR]] [--json]",
+	synopsis: "stopline demo [--sumo FILE.sumocfg] [--for DURATION] [--data DIR] [--listen ADDR] [--grpc ADDR]\n              [--mqtt ADDR [--mqtt-ws ADDR]] [--api ADDR [--api-cert FILE --api-key FILE]] [--json]",
 	summary:  "run a whole district in this process, with a page to look at",
 	manual: `Runs the built-in city of nine junctions, or a SUMO scenario, in real time, with
 every service around an embedded NATS server: roadside units with their own
@@ -72,6 +72,7 @@ received (agreed), and until a checkpoint that covers it was sealed (sealed).`,
 		fs.StringVar(&o.grpc.key, "grpc-key", "", "`FILE` with its PEM key")
 		fs.StringVar(&o.grpc.clientCA, "grpc-client-ca", "", "`FILE` with the PEM certificates by which gateways must be known")
 		o.mqtt.flags(fs)
+		o.api.flags(fs)
 		fs.Func("witness", "have `WITNESS` cosign the log: its verifier key and its URL, joined by @;\nmay be given several times (see stopline witness)", func(s string) error {
 			w, err := parseWitness(s)
 			o.witnesses = append(o.witnesses, w)
@@ -98,6 +99,7 @@ type demoOptions struct {
 	nats                                    natsOptions
 	grpc                                    grpcOptions
 	mqtt                                    mqttOptions
+	api                                     apiOptions
 	store                                   roadside.StoreConfig
 	// witnesses cosign besides the validators, needWitnesses of whom must.
 	witnesses     []ledger.Witness
@@ -170,7 +172,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 		}
 		return usageError("demo: %s: needs --nats", name)
 	}
-	if err := o.mqtt.check(o.nats); err != nil {
+	if err := errors.Join(o.mqtt.check(o.nats), o.api.check()); err != nil {
 		return err
 	}
 	if o.needWitnesses < 0 || o.needWitnesses > len(o.witnesses) {
@@ -216,7 +218,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	policy := identity.Policy{Version: "1", Controller: ctrl.Name + " " + ctrl.Version, Rules: rules.Name}
 	l, err := newLocal(ctx, localOptions{
-		dir: dir, log: log, nats: o.nats, grpc: o.grpc, mqtt: o.mqtt, external: o.external,
+		dir: dir, log: log, nats: o.nats, grpc: o.grpc, mqtt: o.mqtt, api: o.api, external: o.external,
 		open: district.Options{ID: districtName(config), Junctions: defs, Created: time.Now(), PolicyName: "default", Policy: policy,
 			Witnesses: o.witnesses, NeedWitnesses: o.needWitnesses},
 		witnesses: o.witnesses,
@@ -263,6 +265,8 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	began := time.Now()
 	doors, doorsShort := l.doors()
+	apiLines, apiShort := l.apiDoor(dir)
+	doors, doorsShort = doors+apiLines, doorsShort+apiShort
 	if !o.json {
 		fmt.Fprintf(s.out, "Stopline runs %d junctions of %s.\n\n  page         http://%s/\n%s  data folder  %s\n  policy       %s\n\nCtrl-C ends it.\n",
 			len(defs), l.district.Genesis.District, listener.Addr(), doors, dir, filepath.Join(dir, "policy"))
@@ -271,6 +275,7 @@ func demo(ctx context.Context, o demoOptions, s streams) (err error) {
 	}
 	streetErr := runStreet(ctx, o.length, l, w, units, servicesDone)
 	seconds := time.Since(began).Seconds()
+	l.drainAPI()
 	r := demoReport{District: l.district.Genesis.District, Seconds: seconds, Data: dir}
 	settleErr := l.settle(units, servicesDone)
 	r.Evidence.Policy = filepath.Join(dir, "policy")

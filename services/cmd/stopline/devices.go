@@ -21,8 +21,8 @@ import (
 
 var tokenCommand = command{
 	name:     "token",
-	synopsis: "stopline token --data DIR --device ID [--for DURATION] [--json]",
-	summary:  "let a device connect by MQTT for a while",
+	synopsis: "stopline token --data DIR --device ID [--for DURATION] [--json]\nstopline token --data DIR --client ID [--for DURATION] [--once] [--json]",
+	summary:  "let a device connect by MQTT, or a client ask the gateway, for a while",
 	manual: `Prints a token with which a device connects to a demo that was started with
 --mqtt: MQTT 3.1.1, the device's id as user name, the token as password. The
 token is signed with a key of the district in DIR, which is made if it is not
@@ -31,15 +31,32 @@ there; the demo may be running or not.
 Whoever holds the token may speak on that device's two topics and no others,
 until it expires; what is sent must be signed with the device's own key all the
 same. A device that is not in the registry, or is revoked, is not let in
-whatever its token says. --json prints the topics and the client id as well.`,
+whatever its token says. --json prints the topics and the client id as well.
+
+With --client it is a token for the gateway's API: a JWT that the client's own key
+signs, good for 15 minutes at most, to be sent as Authorization: Bearer. A demo's
+clients and their keys are made with its data folder: operator-1, engineer-1,
+technician-1, ambulance-desk-1, fire-desk-1, transit-desk-1, police-1, police-2,
+auditor-1 and registrar-1. With --once the token is good for one call.`,
 	flags: func(fs *flag.FlagSet) func(context.Context, []string, streams) error {
 		data := fs.String("data", "", "data folder `DIR` of the demo; holds the key that signs tokens")
 		device := fs.String("device", "", "device `ID`, as in the registry")
-		length := fs.Duration("for", 24*time.Hour, "how long the token is good, at most 744h")
+		client := fs.String("client", "", "client `ID`, as in the registry, instead of a device")
+		once := fs.Bool("once", false, "with --client: good for one call only")
+		length := fs.Duration("for", 0, "how long the token is good: a device's at most 744h, 0 is 24h; a client's at most 15m,\n0 is that")
 		asJSON := fs.Bool("json", false, "print one JSON object")
 		return func(_ context.Context, args []string, s streams) error {
-			if len(args) > 0 || *data == "" || *device == "" {
-				return usageError("token: --data and --device are needed, and no arguments")
+			if len(args) > 0 || *data == "" || (*device == "") == (*client == "") {
+				return usageError("token: --data and --device, or --client, are needed, and no arguments")
+			}
+			if *client != "" {
+				return printClientToken(s, *data, *client, *length, *once, *asJSON)
+			}
+			if *once {
+				return usageError("token: --once goes with --client")
+			}
+			if *length == 0 {
+				*length = 24 * time.Hour
 			}
 			if *length < time.Second || *length > bus.MaxTokenLife {
 				return usageError("token: --for %v: must be 1s to %v", *length, bus.MaxTokenLife)
@@ -90,21 +107,18 @@ func (o *mqttOptions) check(n natsOptions) error {
 	return nil
 }
 
-// edge knows by the agreed registry who may come in by MQTT, and whose a key is.
+// edge knows by the agreed registry who may come in by MQTT or gRPC, and whose a
+// key is.
 type edge struct {
 	state  *agreed.State
 	follow decided.Config
 }
 
-// openEdge reads what the edge knew last, and says how devices come in; nil where
-// they do not. Its connection is made when there is a server.
+// openEdge reads what the edge knew last, and says how devices come in by MQTT;
+// nil where they do not. Its connection is made when there is a server.
 func (l *local) openEdge(o localOptions) (*bus.DeviceOptions, error) {
-	if o.mqtt.listen == "" {
+	if o.mqtt.listen == "" && o.grpc.listen == "" {
 		return nil, nil
-	}
-	key, err := l.district.TokenKey()
-	if err != nil {
-		return nil, err
 	}
 	g := &l.district.Genesis
 	state, err := agreed.Open(filepath.Join(o.dir, "edge.place"), g)
@@ -112,6 +126,13 @@ func (l *local) openEdge(o localOptions) (*bus.DeviceOptions, error) {
 		return nil, err
 	}
 	l.edge = &edge{state: state, follow: decided.Config{District: g.District, GenesisHash: l.district.GenesisHash, Logger: o.log.With("service", "edge")}}
+	if o.mqtt.listen == "" {
+		return nil, nil
+	}
+	key, err := l.district.TokenKey()
+	if err != nil {
+		return nil, err
+	}
 	return &bus.DeviceOptions{
 		MQTT: o.mqtt.listen, Websocket: o.mqtt.websocket, CertFile: o.mqtt.cert, KeyFile: o.mqtt.key,
 		District: g.District, TokenKey: key.Public().(ed25519.PublicKey), Active: l.edge.active,
@@ -125,6 +146,13 @@ func (e *edge) run(ctx context.Context) error {
 func (e *edge) active(d traffic.DeviceID) bool {
 	entry, ok := e.state.Registry().Entry(identity.TypeDevice, string(d))
 	return ok && entry.Status == identity.Active
+}
+
+// revoked reports whether the registry has revoked a key. One that it does not
+// have may be on its way in.
+func (e *edge) revoked(k identity.KeyID) bool {
+	h, ok := e.state.Registry().Holder(k)
+	return ok && h.Status == identity.Revoked
 }
 
 // deviceOf returns what ingest asks whose a key is; nil where there is no edge.
@@ -153,7 +181,7 @@ type mqttReport struct {
 
 // mqttReport returns nil where devices do not come by MQTT.
 func (l *local) mqttReport() *mqttReport {
-	if l.edge == nil {
+	if l.server == nil || l.server.MQTTAddr() == "" {
 		return nil
 	}
 	c := l.server.DeviceCounts()

@@ -89,6 +89,7 @@ type localOptions struct {
 	nats natsOptions
 	grpc grpcOptions
 	mqtt mqttOptions
+	api  apiOptions
 	// external says that the validators run elsewhere.
 	external bool
 	// witnesses are asked to cosign, besides those of the policy.
@@ -186,7 +187,7 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	}
 	if o.grpc != (grpcOptions{}) {
 		if l.grpc, err = ingest.NewGRPC(ingest.GRPCConfig{
-			Ingest: l.ingest, Listen: o.grpc.listen, CertFile: o.grpc.cert, KeyFile: o.grpc.key, ClientCAFile: o.grpc.clientCA, Logger: o.log.With("service", "ingest"),
+			Ingest: l.ingest, Listen: o.grpc.listen, CertFile: o.grpc.cert, KeyFile: o.grpc.key, ClientCAFile: o.grpc.clientCA, Revoked: l.edge.revoked, Logger: o.log.With("service", "ingest"),
 		}); err != nil {
 			return nil, err
 		}
@@ -276,7 +277,11 @@ func newLocal(ctx context.Context, o localOptions) (_ *local, err error) {
 	if b, state, fc, err = follow("gateway"); err != nil {
 		return nil, err
 	}
-	l.gateway, err = gateway.New(gateway.Config{Bus: b, District: g.District, State: state, Follow: fc, Now: o.now, Logger: fc.Logger})
+	api, err := l.apiConfig(o.api)
+	if err != nil {
+		return nil, err
+	}
+	l.gateway, err = gateway.New(gateway.Config{Bus: b, District: g.District, State: state, Follow: fc, Now: o.now, Logger: fc.Logger, API: api})
 	return l, err
 }
 
@@ -343,7 +348,7 @@ func (l *local) doors() (lines, short string) {
 		lines += fmt.Sprintf("  gRPC         %s\n", l.grpc.Addr())
 		short += fmt.Sprintf("  grpc %s", l.grpc.Addr())
 	}
-	if l.edge != nil {
+	if l.server != nil && l.server.MQTTAddr() != "" {
 		lines += fmt.Sprintf("  MQTT         %s\n", l.server.MQTTAddr())
 		short += fmt.Sprintf("  mqtt %s", l.server.MQTTAddr())
 		if u := l.server.WebsocketURL(); u != "" {
