@@ -35,6 +35,8 @@ type Sequencer struct {
 	since   int64 // how long the stage or the change has lasted, ms
 	longest int64 // the longest clearance of the change under way
 
+	cleared []bool // by group: its clearance has ended in this step
+
 	box     []bool // by group: vehicles are still within the junction
 	boxAge  int64  // ms since that was told
 	boxHold int64  // at most so long
@@ -50,7 +52,7 @@ func NewSequencer(j *traffic.Junction, r Rules, now time.Time) *Sequencer {
 	s := &Sequencer{
 		j: j, lim: limitsOf(j, r), meets: meetings(j),
 		show: make([]traffic.Aspect, len(j.Groups)), age: make([]int64, len(j.Groups)),
-		target: -1, boxHold: max(r.BoxHoldMS, 0), box: make([]bool, len(j.Groups)),
+		target: -1, boxHold: max(r.BoxHoldMS, 0), box: make([]bool, len(j.Groups)), cleared: make([]bool, len(j.Groups)),
 	}
 	s.restart(now)
 	return s
@@ -158,6 +160,7 @@ func (s *Sequencer) Target(stage int) error {
 // Next returns what the lamps should show from now on.
 func (s *Sequencer) Next(now time.Time) traffic.State {
 	dt := s.clock.count(now)
+	clear(s.cleared)
 	s.since += dt
 	s.boxAge = min(s.boxAge+dt, boxNewsMS)
 	for i := range s.age {
@@ -210,7 +213,7 @@ func (s *Sequencer) finishClearances() (done bool) {
 			continue
 		}
 		if s.age[i] >= s.lim.clear[i] {
-			s.show[i], s.age[i] = traffic.Red, 0
+			s.show[i], s.age[i], s.cleared[i] = traffic.Red, 0, true
 		} else {
 			done = false
 		}
@@ -238,6 +241,9 @@ func (s *Sequencer) advance() {
 	for i, a := range s.show {
 		if w := want.At(i); !w.Go() || a == w {
 			continue
+		}
+		if s.cleared[i] {
+			return // its own clearance has just ended: the red is shown, too
 		}
 		for _, k := range s.meets[i] {
 			if !want.At(k).Go() && s.age[k] < s.lim.allRed[k] {

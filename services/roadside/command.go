@@ -140,6 +140,9 @@ func (u *Unit) judge(now time.Time, c *traffic.Command) *refusal {
 	if d := c.Expires.Sub(c.Issued); d <= 0 || d > MaxValidity {
 		return refuse(RuleValidity, "expires: %v after issued, must be above 0 and at most %v", d.Round(time.Millisecond), MaxValidity)
 	}
+	if u.hand != nil {
+		return refuse(RuleOverride, "%s is in force until %s", u.hand.o.ID, u.hand.o.Expires.UTC().Format(time.TimeOnly))
+	}
 	if err := u.monitor.Accept(c.Stage); err != nil {
 		return refuse(RuleInterlock, "%v", err)
 	}

@@ -22,6 +22,7 @@ const (
 	eventFlash        = 173
 
 	flashNot          = 2
+	flashAutomatic    = 3
 	flashFaultMonitor = 5
 )
 

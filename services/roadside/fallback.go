@@ -98,6 +98,9 @@ func (u *Unit) listen(ctx context.Context, c RunConfig, command func([]byte)) er
 			})
 		}})
 	}
+	if l, ok := c.Line.(OverrideLine); ok {
+		actors = append(actors, run.Actor{Name: "overrides", Run: func(ctx context.Context) error { return u.overrides(ctx, c, l) }})
+	}
 	return run.All(ctx, actors...)
 }
 

@@ -46,7 +46,7 @@ func (u *Unit) supervise(now time.Time, asked traffic.State, trip *interlock.Tri
 		u.tripped(now, t)
 	}
 	t := Ticked{Shown: u.shown, Trip: trip}
-	if u.monitor.Tripped() != nil {
+	if u.monitor.Tripped() != nil || u.flashing() {
 		if e := u.self.Flash(); e != nil {
 			u.counters.ShowErrors++
 			return t, fmt.Errorf("junction %s: asking for flashing: %w", u.cfg.Junction.ID, e)

@@ -138,6 +138,8 @@ type Store struct {
 	oldest  time.Time // when the oldest pending was put; zero: none is
 	command commandFile
 	ownPlan []byte // the fall-back plan; guarded by mu
+	// ownOverride is the newest override or release; guarded by mu.
+	ownOverride []byte
 }
 
 // class is 0 for frames without events, 1 for those with.
@@ -239,6 +241,13 @@ func OpenStore(c StoreConfig) (*Store, error) {
 		s.log.Warn("the fall-back plan cannot be read", "path", c.Dir, "err", err)
 		s.stats.Errors++
 	}
+	switch b, err := os.ReadFile(filepath.Join(c.Dir, overrideFile)); {
+	case err == nil && len(b) <= MaxCommand:
+		s.ownOverride = b
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		s.log.Warn("the override cannot be read", "path", c.Dir, "err", err)
+		s.stats.Errors++
+	}
 	return s, nil
 }
 
@@ -268,7 +277,36 @@ func (s *Store) keepPlan(envelope []byte) error {
 	return nil
 }
 
-const planFile = "plan"
+const (
+	planFile     = "plan"
+	overrideFile = "override"
+)
+
+// Override is the override or release that was taken last, for [Config]; nil where
+// there is none.
+func (s *Store) Override() []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ownOverride
+}
+
+// keepOverride makes an override durable, in place of the one before.
+func (s *Store) keepOverride(envelope []byte) error {
+	s.io.Lock()
+	defer s.io.Unlock()
+	if s.cfg.Dir != "" {
+		if err := s.replace(filepath.Join(s.cfg.Dir, overrideFile), envelope); err != nil {
+			s.mu.Lock()
+			s.stats.Errors++
+			s.mu.Unlock()
+			return err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ownOverride = envelope
+	return nil
+}
 
 // replace writes a file as a whole: after a crash there is the old content or
 // the new. What is left of an attempt is written over by the next.

@@ -29,6 +29,12 @@ type Config struct {
 	// Commander returns the public key with the given id if it may command.
 	Commander func(identity.KeyID) (ed25519.PublicKey, bool)
 	Driver    Driver
+	// Overrider returns the public key with the given id if it may take junctions in
+	// hand. Optional: nobody may.
+	Overrider func(identity.KeyID) (ed25519.PublicKey, bool)
+	// Override is the newest override or release that the unit took before this boot,
+	// see [Store.Override]: one that is not over goes on. Optional.
+	Override []byte
 	// Rules of timing for sequencer and local plan. A benchmark's rules are
 	// applied to Junction first: see [timing.Rules.Apply]. Optional: field.
 	Rules timing.Rules
@@ -126,6 +132,8 @@ type Counters struct {
 	BadReceipts       uint64 `json:"bad_receipts"`
 	StatusErrors      uint64 `json:"status_errors"`
 	CommandsDropped   uint64 `json:"commands_dropped"`
+	// Overrides and releases that were taken.
+	Overrides uint64 `json:"overrides"`
 	// Plans are fall-back plans that were taken, PlansRefused those that were not;
 	// one that comes again is neither.
 	Plans        uint64 `json:"plans"`
@@ -146,6 +154,8 @@ type Unit struct {
 	memory    timing.Memory     // of the local controller
 	fallback  *traffic.Fallback // nil: the filed plan
 	alone     *traffic.Junction // the junction with the plan that it runs alone
+	hand      *hand             // nil: nobody's
+	word      word
 	mode      traffic.Mode
 	boundary  bool   // the local plan decides, no change of stage was under way
 	seq       uint64 // of the newest command obeyed
@@ -227,6 +237,11 @@ func New(now time.Time, c Config) (*Unit, error) {
 	} else {
 		u.log.Warn("the lamps showed what cannot be taken over, starting from all red", "intersection", c.Junction.ID, "err", err)
 	}
+	if len(c.Override) > 0 {
+		if err := u.resumeOverride(now, c.Override); err != nil {
+			u.log.Warn("the override that was kept is not in force any more", "intersection", c.Junction.ID, "err", err)
+		}
+	}
 	return u, nil
 }
 
@@ -249,14 +264,17 @@ func (u *Unit) Tick(now time.Time) (Ticked, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.counters.Ticks++
-	u.inForce = max(u.inForce-max(now.Sub(u.tickAt), 0), 0)
+	step := max(now.Sub(u.tickAt), 0)
+	u.inForce = max(u.inForce-step, 0)
 	u.tickAt = now
 	was := u.mode
 	if u.missed {
 		u.retake(now)
 	}
-	u.decide(now)
-	show, trip := u.monitor.Filter(now, u.sequencer.Next(now))
+	if !u.overridden(now, step) {
+		u.decide(now)
+	}
+	show, trip := u.monitor.Filter(now, u.wanted(now))
 	if trip != nil {
 		u.tripped(now, trip)
 	}
@@ -417,7 +435,7 @@ func (u *Unit) frame(now time.Time, periodic bool) ([]byte, *traffic.Frame, erro
 	} else {
 		u.counters.EventFrames++
 	}
-	f.Signal = u.signal(now)
+	f.Signal = u.marked(u.signal(now))
 	for _, e := range u.events {
 		e.e.OffsetMS = uint32(min(max(now.Sub(e.at).Milliseconds(), 0), maxOffsetMS))
 		f.Events = append(f.Events, e.e)
@@ -490,7 +508,7 @@ func (u *Unit) Status(now time.Time) Status {
 	if t := u.monitor.Tripped(); t != nil {
 		s.Stage, s.Trip = -1, cut(t.String())
 	}
-	st := Status{Junction: u.cfg.Junction.ID, Device: u.cfg.Device, Signal: s, LastSeq: u.seq, Counters: u.count()}
+	st := Status{Junction: u.cfg.Junction.ID, Device: u.cfg.Device, Signal: u.marked(s), LastSeq: u.seq, Counters: u.count()}
 	if u.store != nil {
 		st.Store = u.store.Stats()
 	}

@@ -70,7 +70,7 @@ func TestFastFrame(t *testing.T) {
 		{"unknown text", with(99, "x"), false},
 		{"unknown in a reading", with(9, string(field(nil, 9, uint64(1)))), false},
 		{"unknown in an event", with(10, string(field(nil, 4, uint64(1)))), false},
-		{"unknown in the signal", with(11, string(field(nil, 6, "x"))), false},
+		{"unknown in the signal", with(11, string(field(nil, 7, "x"))), false},
 		{"unknown in a result", with(12, string(field(nil, 4, "x"))), false},
 		{"text as number", with(1, uint64(1)), false},
 		{"number as text", with(4, "1"), false},
