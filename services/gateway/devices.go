@@ -374,11 +374,11 @@ func (p *devicesPart) RotateKey(ctx context.Context, r *pb.RotateKeyRequest) (*p
 			return nil, err
 		}
 	}
-	token, _, err := p.token(id)
+	token, until, err := p.token(id)
 	if err != nil {
 		return nil, err
 	}
-	return &pb.RotateKeyResponse{Device: p.info(e), Token: token}, nil
+	return &pb.RotateKeyResponse{Device: p.info(e), Token: token, TokenExpires: timestamp(until), InForceHeight: e.Since + 1}, nil
 }
 
 // revocation is what the record of a device's end says beside its name.

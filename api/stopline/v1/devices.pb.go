@@ -236,7 +236,8 @@ func (x *CreateClaimResponse) GetExpires() *timestamppb.Timestamp {
 
 type EnrolRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Claim string                 `protobuf:"bytes,1,opt,name=claim,proto3" json:"claim,omitempty"`
+	// As it was given out; capitals, dashes and blanks do not matter.
+	Claim string `protobuf:"bytes,1,opt,name=claim,proto3" json:"claim,omitempty"`
 	// Ed25519 public key.
 	Key []byte `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
 	// By that key over "stopline enrol v1\n", claim, "\n": the device has the key.
@@ -301,7 +302,7 @@ type EnrolResponse struct {
 	District string                 `protobuf:"bytes,1,opt,name=district,proto3" json:"district,omitempty"`
 	Device   string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`
 	Junction string                 `protobuf:"bytes,3,opt,name=junction,proto3" json:"junction,omitempty"`
-	// JWT for NATS and MQTT, allowed its own two subjects.
+	// JWT for MQTT, allowed its own two topics.
 	Token        string                 `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`
 	TokenExpires *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=token_expires,json=tokenExpires,proto3" json:"token_expires,omitempty"`
 	// Height from which frames of the key are taken.
@@ -453,9 +454,12 @@ func (x *RotateKeyRequest) GetNewProof() []byte {
 }
 
 type RotateKeyResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Device        *DeviceInfo            `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
-	Token         string                 `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Device *DeviceInfo            `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	Token  string                 `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	// Height from which frames of the new key are taken, and of the old one refused.
+	InForceHeight uint64                 `protobuf:"varint,3,opt,name=in_force_height,json=inForceHeight,proto3" json:"in_force_height,omitempty"`
+	TokenExpires  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=token_expires,json=tokenExpires,proto3" json:"token_expires,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -502,6 +506,20 @@ func (x *RotateKeyResponse) GetToken() string {
 		return x.Token
 	}
 	return ""
+}
+
+func (x *RotateKeyResponse) GetInForceHeight() uint64 {
+	if x != nil {
+		return x.InForceHeight
+	}
+	return 0
+}
+
+func (x *RotateKeyResponse) GetTokenExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.TokenExpires
+	}
+	return nil
 }
 
 type RevokeDeviceRequest struct {
@@ -750,10 +768,12 @@ const file_stopline_v1_devices_proto_rawDesc = "" +
 	"\x06device\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x06device\x12 \n" +
 	"\anew_key\x18\x02 \x01(\fB\a\xbaH\x04z\x02h R\x06newKey\x12$\n" +
 	"\told_proof\x18\x03 \x01(\fB\a\xbaH\x04z\x02h@R\boldProof\x12$\n" +
-	"\tnew_proof\x18\x04 \x01(\fB\a\xbaH\x04z\x02h@R\bnewProof\"Z\n" +
+	"\tnew_proof\x18\x04 \x01(\fB\a\xbaH\x04z\x02h@R\bnewProof\"\xc3\x01\n" +
 	"\x11RotateKeyResponse\x12/\n" +
 	"\x06device\x18\x01 \x01(\v2\x17.stopline.v1.DeviceInfoR\x06device\x12\x14\n" +
-	"\x05token\x18\x02 \x01(\tR\x05token\"z\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\x12&\n" +
+	"\x0fin_force_height\x18\x03 \x01(\x04R\rinForceHeight\x12?\n" +
+	"\rtoken_expires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\ftokenExpires\"z\n" +
 	"\x13RevokeDeviceRequest\x12!\n" +
 	"\x06device\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18?R\x06device\x12@\n" +
 	"\x06reason\x18\x02 \x01(\tB(\xbaH%r#R\x06stolenR\breplacedR\x06faultyR\aretiredR\x06reason\"G\n" +
@@ -811,23 +831,24 @@ var file_stopline_v1_devices_proto_depIdxs = []int32{
 	12, // 3: stopline.v1.CreateClaimResponse.expires:type_name -> google.protobuf.Timestamp
 	12, // 4: stopline.v1.EnrolResponse.token_expires:type_name -> google.protobuf.Timestamp
 	0,  // 5: stopline.v1.RotateKeyResponse.device:type_name -> stopline.v1.DeviceInfo
-	0,  // 6: stopline.v1.RevokeDeviceResponse.device:type_name -> stopline.v1.DeviceInfo
-	0,  // 7: stopline.v1.ListDevicesResponse.devices:type_name -> stopline.v1.DeviceInfo
-	1,  // 8: stopline.v1.DeviceService.CreateClaim:input_type -> stopline.v1.CreateClaimRequest
-	3,  // 9: stopline.v1.DeviceService.Enrol:input_type -> stopline.v1.EnrolRequest
-	5,  // 10: stopline.v1.DeviceService.RotateKey:input_type -> stopline.v1.RotateKeyRequest
-	7,  // 11: stopline.v1.DeviceService.RevokeDevice:input_type -> stopline.v1.RevokeDeviceRequest
-	9,  // 12: stopline.v1.DeviceService.ListDevices:input_type -> stopline.v1.ListDevicesRequest
-	2,  // 13: stopline.v1.DeviceService.CreateClaim:output_type -> stopline.v1.CreateClaimResponse
-	4,  // 14: stopline.v1.DeviceService.Enrol:output_type -> stopline.v1.EnrolResponse
-	6,  // 15: stopline.v1.DeviceService.RotateKey:output_type -> stopline.v1.RotateKeyResponse
-	8,  // 16: stopline.v1.DeviceService.RevokeDevice:output_type -> stopline.v1.RevokeDeviceResponse
-	10, // 17: stopline.v1.DeviceService.ListDevices:output_type -> stopline.v1.ListDevicesResponse
-	13, // [13:18] is the sub-list for method output_type
-	8,  // [8:13] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	12, // 6: stopline.v1.RotateKeyResponse.token_expires:type_name -> google.protobuf.Timestamp
+	0,  // 7: stopline.v1.RevokeDeviceResponse.device:type_name -> stopline.v1.DeviceInfo
+	0,  // 8: stopline.v1.ListDevicesResponse.devices:type_name -> stopline.v1.DeviceInfo
+	1,  // 9: stopline.v1.DeviceService.CreateClaim:input_type -> stopline.v1.CreateClaimRequest
+	3,  // 10: stopline.v1.DeviceService.Enrol:input_type -> stopline.v1.EnrolRequest
+	5,  // 11: stopline.v1.DeviceService.RotateKey:input_type -> stopline.v1.RotateKeyRequest
+	7,  // 12: stopline.v1.DeviceService.RevokeDevice:input_type -> stopline.v1.RevokeDeviceRequest
+	9,  // 13: stopline.v1.DeviceService.ListDevices:input_type -> stopline.v1.ListDevicesRequest
+	2,  // 14: stopline.v1.DeviceService.CreateClaim:output_type -> stopline.v1.CreateClaimResponse
+	4,  // 15: stopline.v1.DeviceService.Enrol:output_type -> stopline.v1.EnrolResponse
+	6,  // 16: stopline.v1.DeviceService.RotateKey:output_type -> stopline.v1.RotateKeyResponse
+	8,  // 17: stopline.v1.DeviceService.RevokeDevice:output_type -> stopline.v1.RevokeDeviceResponse
+	10, // 18: stopline.v1.DeviceService.ListDevices:output_type -> stopline.v1.ListDevicesResponse
+	14, // [14:19] is the sub-list for method output_type
+	9,  // [9:14] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_stopline_v1_devices_proto_init() }

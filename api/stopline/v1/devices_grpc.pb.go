@@ -36,7 +36,8 @@ type DeviceServiceClient interface {
 	// CreateClaim makes a one-time claim that a technician takes to the device.
 	CreateClaim(ctx context.Context, in *CreateClaimRequest, opts ...grpc.CallOption) (*CreateClaimResponse, error)
 	// Enrol is called by the device with its claim and its new public key. The claim
-	// is the device's authority: it works once.
+	// is the device's authority: it works once. Who asks again with the same claim
+	// and key, because the answer was lost, is answered the same.
 	Enrol(ctx context.Context, in *EnrolRequest, opts ...grpc.CallOption) (*EnrolResponse, error)
 	// RotateKey replaces a device's key. The old key signs the new one.
 	RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error)
@@ -113,7 +114,8 @@ type DeviceServiceServer interface {
 	// CreateClaim makes a one-time claim that a technician takes to the device.
 	CreateClaim(context.Context, *CreateClaimRequest) (*CreateClaimResponse, error)
 	// Enrol is called by the device with its claim and its new public key. The claim
-	// is the device's authority: it works once.
+	// is the device's authority: it works once. Who asks again with the same claim
+	// and key, because the answer was lost, is answered the same.
 	Enrol(context.Context, *EnrolRequest) (*EnrolResponse, error)
 	// RotateKey replaces a device's key. The old key signs the new one.
 	RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error)
