@@ -209,6 +209,9 @@ func (b *Book) Clone() *Book {
 // Known returns the newest block that the book has heard of.
 func (b *Book) Known() uint64 { return b.Height }
 
+// At returns that block's time.
+func (b *Book) At() time.Time { return b.Time }
+
 // Entry returns a copy of a request's entry.
 func (b *Book) Entry(id string) (*Entry, bool) {
 	e, ok := b.Entries[id]
@@ -797,5 +800,44 @@ func (b *Book) Command(c *traffic.Command) {
 		}
 		s.Command = c.Seq
 		b.changed[id] = true
+	}
+}
+
+// Waiting lists, in order, the junctions at which anybody waits or is served.
+func (b *Book) Waiting() []traffic.JunctionID { return slices.Sorted(maps.Keys(b.at)) }
+
+// Empty reports whether nothing is kept of any request.
+func (b *Book) Empty() bool { return len(b.Entries) == 0 && len(b.Let) == 0 && len(b.Served) == 0 }
+
+// Blind goes on without frames, while nobody agrees on any: what a junction shows
+// is not known, so that its stage is asked for as early as it could ever be needed,
+// and time alone says who has passed. For a clone; it is not what the log says.
+func (b *Book) Blind(n Network, now time.Time) {
+	for _, id := range b.Waiting() {
+		x := b.Seen[id]
+		if x == nil {
+			x = &seen{}
+			b.Seen[id] = x
+		}
+		x.At, x.Signal.Stage = now, -1
+		for _, r := range slices.Clone(b.at[id]) {
+			e := b.Entries[r]
+			for i := range e.Stops {
+				s := &e.Stops[i]
+				if s.Junction != id || s.State.Ended() {
+					continue
+				}
+				switch late := now.Sub(s.Arrival); {
+				case now.After(e.Request.Expires):
+					b.end(e, s, now, Timeout, RuleExpired+": the request ended")
+				case s.State == Activated && late > b.policy.After[e.Request.Class]:
+					b.end(e, s, now, Completed, RuleTime+": nobody could see it; decisions are stale")
+				case s.State == Queued && late > b.policy.Patience:
+					b.end(e, s, now, Timeout, RuleTurn+": its time went by")
+				}
+			}
+			b.settle(e, now)
+		}
+		b.look(n, id)
 	}
 }

@@ -10,6 +10,13 @@
 // the orders and the sign of life that keeps a roadside unit from falling back
 // to its local plan.
 //
+// Requests for priority come before what the controller wants, and through the
+// same commands: the Core keeps a [priority.Book] of them, which is a function of the
+// agreed records too ([Core.Agreed]). A junction that is to serve somebody at once is
+// commanded without waiting for its next frame. A junction in an operator's hand is
+// not commanded. While decisions are stale, emergency vehicles are served without
+// agreement, and each such command says so ([Direct]).
+//
 // The Core also judges the junctions' detectors by every periodic frame that was
 // agreed, in the order of the blocks ([health]). What a detector says that has
 // failed is left out of decisions; its movements fall back to other detectors, or
@@ -27,11 +34,10 @@ import (
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/health"
-	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/ledger"
+	"github.com/stopline-traffic/stopline/pkg/priority"
 	"github.com/stopline-traffic/stopline/pkg/timing"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
-	"github.com/stopline-traffic/stopline/services/internal/wire"
 )
 
 // MaxDecisionAge is how old a frame may be for a command to rest on it; beyond
@@ -76,6 +82,10 @@ type Core struct {
 	memory map[traffic.JunctionID]timing.Memory
 	last   map[traffic.JunctionID]uint64 // newest command's seq
 	health healthState
+	// book holds the requests for priority, serving whom each junction's newest
+	// command was for.
+	book    *priority.Book
+	serving map[traffic.JunctionID]serves
 	// announced are each junction's newest outflow and the one before: neighbours
 	// plan with the newest from before their own frame, whatever the order within
 	// a block.
@@ -90,7 +100,8 @@ func NewCore(c CoreConfig) (*Core, error) {
 	}
 	return &Core{cfg: c, memory: map[traffic.JunctionID]timing.Memory{}, last: map[traffic.JunctionID]uint64{},
 		announced: map[traffic.JunctionID][2]timing.Outflow{},
-		health:    healthState{monitors: map[traffic.JunctionID]*health.Monitor{}, last: map[traffic.JunctionID]uint64{}}}, nil
+		book:      priority.NewBook(priority.Default(), c.Rules), serving: map[traffic.JunctionID]serves{},
+		health: healthState{monitors: map[traffic.JunctionID]*health.Monitor{}, last: map[traffic.JunctionID]uint64{}}}, nil
 }
 
 // Order is one command with its signed envelope.
@@ -104,7 +115,9 @@ type Refusal struct {
 	Junction traffic.JunctionID
 	Frame    traffic.FrameKey
 	Stale    bool // older than MaxDecisionAge
-	Reason   string
+	// Overridden: the junction is in an operator's hand and takes no command.
+	Overridden bool
+	Reason     string
 }
 
 // perBlock bounds how many commands to one junction may rest on one block, so
@@ -118,8 +131,7 @@ func (c *Core) Decide(now time.Time, height ledger.Height, frames []*traffic.Fra
 	commands, refused := c.Commands(now, height, frames, junction)
 	orders := make([]Order, len(commands))
 	for i := range commands {
-		e := identity.Sign(c.cfg.Key, identity.KindCommand, identity.Protobuf, wire.EncodeCommand(&commands[i]))
-		orders[i] = Order{Command: commands[i], Envelope: e.Marshal()}
+		orders[i] = c.order(commands[i])
 	}
 	return orders, refused
 }
@@ -149,23 +161,26 @@ func (c *Core) Commands(now time.Time, height ledger.Height, frames []*traffic.F
 			continue
 		}
 		if age := now.Sub(f.Time); age > MaxDecisionAge {
-			refused = append(refused, Refusal{f.Junction, f.FrameKey, true,
-				fmt.Sprintf("decision is %v old, at most %v may a command rest on", age.Round(time.Millisecond), MaxDecisionAge)})
+			refused = append(refused, Refusal{Junction: f.Junction, Frame: f.FrameKey, Stale: true, Reason: fmt.Sprintf("decision is %v old, at most %v may a command rest on", age.Round(time.Millisecond), MaxDecisionAge)})
 			continue
 		}
 		j, ok := junction(f.Junction)
 		if !ok {
-			refused = append(refused, Refusal{f.Junction, f.FrameKey, false, "junction is not in the registry"})
+			refused = append(refused, Refusal{Junction: f.Junction, Frame: f.FrameKey, Reason: "junction is not in the registry"})
 			continue
 		}
 		cmd, err := c.decide(now, height, j, f)
 		if err != nil {
-			refused = append(refused, Refusal{f.Junction, f.FrameKey, false, err.Error()})
+			refused = append(refused, Refusal{Junction: f.Junction, Frame: f.FrameKey, Reason: err.Error()})
+			continue
+		}
+		if why := overridden(f); why != "" {
+			refused = append(refused, Refusal{Junction: f.Junction, Frame: f.FrameKey, Overridden: true, Reason: why})
 			continue
 		}
 		commands = append(commands, cmd)
 	}
-	return commands, refused
+	return append(commands, c.urgent(now, height, commands, junction)...), refused
 }
 
 func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, f *traffic.Frame) (traffic.Command, error) {
@@ -174,6 +189,7 @@ func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, 
 		v.Inflow = timing.Inflows(j, f.Time, c.heard(j))
 	}
 	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], v)
+	m, d = c.prioritise(j, m, d)
 	c.memory[j.ID] = m
 	if !c.cfg.Isolated {
 		c.announce(timing.Announce(j, m))
@@ -181,15 +197,5 @@ func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, 
 	if d.Stage < 0 || d.Stage >= len(j.Stages) {
 		return traffic.Command{}, fmt.Errorf("controller %s wants stage %d of %d", c.cfg.Controller.Name, d.Stage, len(j.Stages))
 	}
-	seq := uint64(height) * perBlock
-	if last := c.last[j.ID]; seq <= last {
-		seq = last + 1
-	}
-	c.last[j.ID] = seq
-	return traffic.Command{
-		District: c.cfg.District, Junction: j.ID, Seq: seq, Height: uint64(height), RestsOn: f.FrameKey,
-		Policy: c.cfg.Policy, PolicyVersion: c.cfg.PolicyVersion,
-		Controller: c.cfg.Controller.Name, ControllerVersion: c.cfg.Controller.Version,
-		Issued: now, Expires: now.Add(Validity), Stage: d.Stage, Rule: d.Rule,
-	}, nil
+	return c.command(now, uint64(height), c.next(j.ID, uint64(height)*perBlock), j.ID, f.FrameKey, d), nil
 }

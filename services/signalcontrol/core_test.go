@@ -314,7 +314,7 @@ func TestBadStage(t *testing.T) {
 		if got, want := restsOn(cs), "rsu-J1/1/1 rsu-J3/1/1"; got != want {
 			t.Errorf("stage %d: got commands on %q, want %q", bad, got, want)
 		}
-		want := Refusal{"J2", traffic.FrameKey{Device: "rsu-J2", BootEpoch: 1, Seq: 5}, false, fmt.Sprintf("controller broken wants stage %d of 2", bad)}
+		want := Refusal{Junction: "J2", Frame: traffic.FrameKey{Device: "rsu-J2", BootEpoch: 1, Seq: 5}, Reason: fmt.Sprintf("controller broken wants stage %d of 2", bad)}
 		if len(refused) != 1 || refused[0] != want {
 			t.Errorf("stage %d: got refused %+v, want %+v", bad, refused, want)
 		}

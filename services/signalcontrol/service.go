@@ -71,6 +71,11 @@ type Counters struct {
 
 	BadOutflows atomic.Uint64 // announcements that cannot be read, or are not where they belong
 
+	Overridden    atomic.Uint64 // frames of junctions in an operator's hand
+	Degraded      atomic.Uint64 // requests let in without agreement
+	SentDegraded  atomic.Uint64 // commands for them
+	DirectRefused atomic.Uint64 // requests that came directly and were not in order
+
 	Plans       atomic.Uint64 // fall-back plans
 	PlansSealed atomic.Uint64 // of them, those that ingest has stored
 }
@@ -85,6 +90,12 @@ type Service struct {
 	started      time.Time    // set by Run
 	lastDecision atomic.Int64 // Unix nanoseconds of when the newest command was sent
 	stale        atomic.Bool
+
+	// coreMu guards core and what follows; it is taken before mu.
+	coreMu     sync.Mutex
+	stall      stall
+	tellAt     time.Time
+	bookStored bool
 
 	maySay bool // that health may not be signed: once; owned by block
 
@@ -123,8 +134,9 @@ func New(c Config) (*Service, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Service{cfg: c, core: core, log: c.Logger, maySay: true}
-	if err := s.recall(); err != nil {
+	s := &Service{cfg: c, core: core, log: c.Logger, maySay: true,
+		stall: stall{asked: map[string]*asking{}, told: map[traffic.JunctionID]*telling{}}}
+	if err := errors.Join(s.recall(), s.recallBook()); err != nil {
 		return nil, err
 	}
 	c.State.BeforeSave(s.remember)
@@ -167,6 +179,11 @@ func (s *Service) recall() error {
 // remember stores what is known of detectors. It comes before the place in the
 // chain, so that no block is missed after a restart.
 func (s *Service) remember(ledger.Height) error {
+	s.coreMu.Lock()
+	defer s.coreMu.Unlock()
+	if err := s.rememberBook(); err != nil {
+		return err
+	}
 	path := s.healthPath()
 	if path == "" {
 		return nil
@@ -194,6 +211,8 @@ func (s *Service) Run(ctx context.Context) error {
 	return run.All(ctx,
 		run.Actor{Name: "decide", Run: func(ctx context.Context) error { return s.cfg.State.Run(ctx, s.cfg.Follow, s.block) }},
 		run.Actor{Name: "watch", Run: s.watch},
+		run.Actor{Name: "asked", Run: func(ctx context.Context) error { return s.answer(ctx, Direct) }},
+		run.Actor{Name: "book", Run: func(ctx context.Context) error { return s.answer(ctx, Books) }},
 		run.Actor{Name: "listen", Run: s.listen},
 	)
 }
@@ -201,7 +220,11 @@ func (s *Service) Run(ctx context.Context) error {
 func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Registry) error {
 	s.Counters.Blocks.Add(1)
 	defer s.Counters.Height.Store(uint64(b.Header.Height))
+	s.coreMu.Lock()
+	defer s.coreMu.Unlock()
 	frames := make([]*traffic.Frame, 0, len(b.Records))
+	records := make([]Record, 0, len(b.Records))
+	raw := map[uint64][]byte{}
 	for i := range b.Records {
 		r := &b.Records[i]
 		if !r.Accepted {
@@ -215,7 +238,12 @@ func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Reg
 		if c.Frame != nil {
 			frames = append(frames, c.Frame)
 		}
+		if c.Override != nil {
+			raw[r.Index] = r.Raw
+		}
+		records = append(records, Record{r.Index, &c})
 	}
+	s.agree(&b.Block, reg, records, func(i uint64) []byte { return raw[i] })
 	if !b.Header.Time.After(s.started) {
 		// An earlier run may have commanded on this block, and been killed before
 		// it wrote down how far it was. A second command under the same number
@@ -234,6 +262,11 @@ func (s *Service) block(ctx context.Context, b *decided.Block, reg *identity.Reg
 		if r.Stale {
 			s.Counters.Stale.Add(1)
 			continue // watch tells people once, not once a frame
+		}
+		if r.Overridden {
+			s.Counters.Overridden.Add(1)
+			s.lastDecision.Store(now.UnixNano()) // there was one, and it was to leave the junction alone
+			continue
 		}
 		s.Counters.Refused.Add(1)
 		s.log.Warn("no decision", "intersection", r.Junction, "frame", r.Frame.String(), "reason", r.Reason)
@@ -334,9 +367,11 @@ func (s *Service) offer(ctx context.Context, w *waiting) bool {
 
 // seal gives a command to ingest. It does not wait: the log catches up with the
 // street, in the order of each junction's commands.
-func (s *Service) seal(ctx context.Context, o Order) error {
+func (s *Service) seal(ctx context.Context, o Order) error { return s.sealFor(ctx, o, sealWait) }
+
+func (s *Service) sealFor(ctx context.Context, o Order, wait time.Duration) error {
 	// Not the block's context: that ends before the receipt comes.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), sealWait)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), wait)
 	err := s.cfg.Inbox.SendAsync(ctx, s.cfg.District, identity.KindCommand, string(o.Command.Junction), o.Envelope, func(_ *pb.Receipt, err error) {
 		cancel()
 		if err == nil {
@@ -366,6 +401,7 @@ func (s *Service) watch(ctx context.Context) error {
 		case <-t.C:
 		}
 		now := s.cfg.Now()
+		s.urge(ctx, now)
 		age := now.Sub(time.Unix(0, s.lastDecision.Load()))
 		stale := age > MaxDecisionAge
 		if s.stale.Swap(stale) == stale {
