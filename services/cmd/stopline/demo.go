@@ -376,7 +376,7 @@ func demoUnits(l *local, w world, defs []*traffic.Junction, rules timing.Rules, 
 		}
 		units[i], err = roadside.New(time.Now(), roadside.Config{
 			District: l.district.Genesis.District, Junction: j, Device: district.DeviceID(j.ID), Key: key, BootEpoch: l.boot,
-			LastCommand: st.LastCommand(), Fallback: st.Fallback(), Commander: l.commander, Driver: cab, Rules: rules, Logger: log.With("service", "roadside"),
+			LastCommand: st.LastCommand(), Fallback: st.Fallback(), Override: st.Override(), Commander: l.commander, Overrider: l.overrider, Driver: cab, Rules: rules, Logger: log.With("service", "roadside"),
 		})
 		if err != nil {
 			return nil, err

@@ -440,6 +440,12 @@ func (l *local) commander(id identity.KeyID) (ed25519.PublicKey, bool) {
 	return h.Key, ok && h.Status == identity.Active && h.May(identity.KindCommand)
 }
 
+// overrider tells them who may take a junction in hand.
+func (l *local) overrider(id identity.KeyID) (ed25519.PublicKey, bool) {
+	h, ok := l.street.state.Registry().Holder(id)
+	return h.Key, ok && h.Status == identity.Active && h.May(identity.KindOverride)
+}
+
 func (l *local) deviceKey(j traffic.JunctionID) (ed25519.PrivateKey, error) {
 	return l.district.Key(string(district.DeviceID(j)))
 }
