@@ -309,7 +309,8 @@ func (a *API) Run(ctx context.Context) error {
 		})},
 		{Name: "door", Run: stay(func() error { return a.door.run(serving) })},
 		{Name: "end", Run: func(ctx context.Context) error {
-			defer close(a.stopped)
+			drained := sync.OnceFunc(func() { close(a.stopped) })
+			defer drained()
 			select {
 			case <-ctx.Done():
 			case <-a.stop:
@@ -336,6 +337,7 @@ func (a *API) Run(ctx context.Context) error {
 			stopCounting()
 			<-counted
 			a.recorder.Flush(end)
+			drained()    // who waits for it is who ends ctx
 			<-ctx.Done() // a drained API stays until the gateway ends
 			stopRecording()
 			for _, c := range a.conns.all {
