@@ -64,7 +64,11 @@ func (l *local) apiConfig(o apiOptions) (*gateway.APIConfig, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &gateway.APIConfig{Listen: o.listen, CertFile: o.cert, KeyFile: o.key, Insecure: o.cert == "", Name: district.GatewayKey, Key: key, Policy: l.district.Policy}, nil
+	devices, err := l.devicesConfig()
+	if err != nil {
+		return nil, err
+	}
+	return &gateway.APIConfig{Listen: o.listen, CertFile: o.cert, KeyFile: o.key, Insecure: o.cert == "", Name: district.GatewayKey, Key: key, Policy: l.district.Policy, Devices: devices}, nil
 }
 
 // apiDoor says where agencies ask, and with what.

@@ -67,7 +67,7 @@ type command struct {
 }
 
 func commands() []command {
-	return []command{demoCommand, consensusCommand, simulateCommand, verifyCommand, auditCommand, fsckCommand, repairCommand, logCommand, witnessCommand, enrolCommand, registryCommand, retentionCommand, holdCommand, redactCommand, tokenCommand, policyCommand, replayCommand, measuresCommand, planCommand, benchCommand, versionCommand}
+	return []command{demoCommand, consensusCommand, simulateCommand, verifyCommand, auditCommand, fsckCommand, repairCommand, logCommand, witnessCommand, enrolCommand, onboardCommand, registryCommand, retentionCommand, holdCommand, redactCommand, tokenCommand, policyCommand, replayCommand, measuresCommand, planCommand, benchCommand, versionCommand}
 }
 
 var versionCommand = command{

@@ -20,6 +20,7 @@ func TestManualPages(t *testing.T) {
 		"fsck":      {"--policy FILE", "--signatures", "--checkpoint FILE", "--json", "EXIT STATUS"},
 		"repair":    {"--from SOURCE", "--nats URL", "--dry-run", "--policy FILE", "EXIT STATUS"},
 		"enrol":     {"--data DIR", "--device ID", "--junction ID", "--key FILE", "--public-key FILE", "--revoke", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
+		"onboard":   {"--gateway URL", "--claim TEXT", "--out DIR", "--pin HEX", "--rotate", "--json", "--wait DURATION", "Default: 30s", "device.key"},
 		"replay":    {"--hires FILE", "--data DIR", "--speed PACE", "Default: max", "--zone ZONE", "Default: UTC", "--device NAME", "--json", "--verbose"},
 		"measures":  {"--measure NAMES", "Default: all", "--config FILE", "--bin LENGTH", "Default: 15m0s", "--format FORM", "Default: csv", "--out DIR", "--red-occupancy SHARE", "Default: 0.8", "EXIT STATUS"},
 		"registry":  {"registry show [TYPE [ID]]", "--blocks BLOCKS", "Default: 5000000", "--file FILE", "--id ID", "--json", "--key FILE", "--out FILE", "--revoke", "--type TYPE", "--url URL", "Default: http://127.0.0.1:8080", "--wait DURATION", "Default: 10s"},
