@@ -9,7 +9,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
-	pb "github.com/stopline-traffic/stopline/api/stopline/v1"
 	"github.com/stopline-traffic/stopline/pkg/access"
 	"github.com/stopline-traffic/stopline/pkg/identity"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
@@ -54,7 +53,7 @@ func (a *API) makeParts() ([]part, error) {
 	}
 	return []part{
 		newTrafficPart(a), newEvidencePart(a), registry, newAccessPart(a), newLogPart(a),
-		unimplementedPriority{}, newDevicesPart(a, a.cfg.Name, a.cfg.Devices),
+		newPriorityPart(a), newDevicesPart(a, a.cfg.Name, a.cfg.Devices),
 	}, nil
 }
 
@@ -78,13 +77,4 @@ func (a *API) may(ctx context.Context, method string, o access.Object) bool {
 	c := caller(ctx)
 	return a.engine().Decide(access.Call{Principal: c.by, Method: method, Objects: []access.Object{o}, Purpose: c.purpose, Case: c.caseNo,
 		LegalBasis: c.basis, ApprovedBy: c.approved, Time: a.now()}).Granted
-}
-
-type unimplementedPriority struct {
-	pb.UnimplementedPriorityServiceServer
-}
-
-func (p unimplementedPriority) register(s *grpc.Server) { pb.RegisterPriorityServiceServer(s, p) }
-func (unimplementedPriority) objects(context.Context, string, proto.Message) ([]access.Object, error) {
-	return nil, nil
 }

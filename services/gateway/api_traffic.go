@@ -404,8 +404,9 @@ func (g *Gateway) note(reg *identity.Registry, f *traffic.Frame, height uint64, 
 	s.Height, s.Index = height, index
 	s.ClockOffset = durationpb.New(f.Time.Sub(block))
 	s.LastReceipt = timestamp(received)
+	s.OverrideId = f.Signal.Override
 	if was.state != nil {
-		s.Rule, s.OverrideId = was.state.Rule, was.state.OverrideId
+		s.Rule = was.state.Rule
 		if f.Interval == 0 { // an event says nothing of queues
 			s.Vehicles, s.Halted = was.state.Vehicles, was.state.Halted
 		}
