@@ -160,7 +160,12 @@ type answer struct {
 	over  bool // it was answered by a problem: the rest is dropped
 	large *limitedBody
 	path  string
+	// sparse: the request has a field mask, and what it left out is no zero.
+	sparse bool
 }
+
+// sparse is a message of which only what is set is shown.
+type sparse struct{ proto.Message }
 
 type answerKey struct{}
 
@@ -239,6 +244,12 @@ func (a *API) newREST() (http.Handler, error) {
 			p.write(w)
 		}),
 		runtime.WithStreamErrorHandler(streamError),
+		runtime.WithForwardResponseRewriter(func(ctx context.Context, m proto.Message) (any, error) {
+			if w, ok := ctx.Value(answerKey{}).(*answer); ok && w.sparse {
+				return sparse{m}, nil
+			}
+			return m, nil
+		}),
 		runtime.SetQueryParameterParser(strictQuery{}),
 		runtime.WithMarshalerOption(runtime.MIMEWildcard, &lines{restJSON}),
 		runtime.WithMarshalerOption("text/event-stream", &events{lines{restJSON}}),
@@ -274,7 +285,8 @@ func (a *API) newREST() (http.Handler, error) {
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
 		h.Set("Referrer-Policy", "no-referrer")
-		out := &answer{ResponseWriter: w, path: r.URL.Path}
+		q := r.URL.Query()
+		out := &answer{ResponseWriter: w, path: r.URL.Path, sparse: q.Has("readMask") || q.Has("read_mask")}
 		limit := a.cfg.MaxBody
 		if r.URL.Path == verifyPath {
 			limit = maxBundle * 3 / 2 // base64
@@ -388,6 +400,8 @@ func (l *lines) Marshal(v any) ([]byte, error) {
 	switch m := v.(type) {
 	case *httpbody.HttpBody:
 		return m.GetData(), nil
+	case sparse:
+		return protojson.Marshal(m.Message)
 	case map[string]any: // {"result": message} of a stream
 		if r, ok := m["result"]; ok && len(m) == 1 {
 			return l.JSONPb.Marshal(r)
