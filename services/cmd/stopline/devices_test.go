@@ -199,7 +199,7 @@ func TestMQTTOptions(t *testing.T) {
 		{[]string{"demo", "--mqtt", "127.0.0.1:0", "--nats", "nats://x"}, exitUsage, "--mqtt: not with --nats"},
 		{[]string{"demo", "--mqtt", "x", "--data", dir}, exitFailed, "MQTT: address x: missing port"},
 		{[]string{"demo", "--mqtt", "127.0.0.1:0", "--mqtt-cert", "x", "--data", dir}, exitFailed, "CertFile, KeyFile: give both"},
-		{[]string{"token"}, exitUsage, "--data and --device are needed"},
+		{[]string{"token"}, exitUsage, "--data and --device, or --client, are needed"},
 		{[]string{"token", "--data", dir, "--device", "x", "--for", "1000h"}, exitUsage, "--for 1000h0m0s: must be 1s to 744h0m0s"},
 		{[]string{"token", "--data", filepath.Join(dir, "none"), "--device", "x"}, exitFailed, "genesis.json"},
 	} {
