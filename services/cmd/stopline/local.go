@@ -316,7 +316,10 @@ func (l *local) sender(b *bus.Bus) (*bus.Sender, error) {
 }
 
 // run runs every service until ctx ends or one of them fails.
-func (l *local) run(ctx context.Context) error {
+func (l *local) run(ctx context.Context) error { return run.All(ctx, l.actors()...) }
+
+// actors are the services.
+func (l *local) actors() []run.Actor {
 	actors := []run.Actor{
 		{Name: "ingest", Run: l.ingest.Run}, {Name: "validation", Run: l.validation.Run},
 		{Name: "signal-control", Run: l.control.Run}, {Name: "sealing", Run: l.sealing.Run},
@@ -338,7 +341,7 @@ func (l *local) run(ctx context.Context) error {
 	if l.edge != nil {
 		actors = append(actors, run.Actor{Name: "edge", Run: l.edge.run})
 	}
-	return run.All(ctx, actors...)
+	return actors
 }
 
 // doors says where records can be brought beside the page, for people a line each
