@@ -16,7 +16,12 @@ const (
 	// and by so much more when it fills it all.
 	crowdedFrom = 500
 	crowdedMost = 2_000
-	busUnits    = 10 // vehicles that a bus weighs more than one
+	expectUnit  = 300    // weight of a vehicle that usually comes
+	farReachCM  = 15_000 // who sees so far need not guess
+	expectFrom  = 60     // an hour: less is nobody
+	perhapsUnit = 300    // weight of a walk without a button
+	waveStopMS  = 16_000 // what a stop costs on a corridor with a green wave
+	busUnits    = 10     // vehicles that a bus weighs more than one
 	turnersFrom = 1_000_000
 	softRedMS   = 150_000
 	switchCost  = 0
@@ -162,7 +167,11 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 		if lane.walk {
 			g := int(md.moves[lane.moves[0]].group)
 			if v.Calls[g] {
-				p.add(0, unit, lane.moves[0], false)
+				w := int32(unit)
+				if !lane.calls {
+					w = perhapsUnit // somebody may wait there
+				}
+				p.add(0, w, lane.moves[0], false)
 			}
 			p.end[l] = int32(len(p.arr))
 			continue
@@ -172,9 +181,13 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 		} else {
 			p.seeDetectors(m, v, l)
 		}
+		if lane.from != "" && slices.Contains(v.Corridor, lane.from) && slices.Contains(v.Corridor, md.junction.ID) {
+			p.hlt[l] = waveStopMS
+		}
 		p.crowd(l)
 		p.priority(v, l)
 		p.seeInflow(m, v, l)
+		p.expect(m, l)
 		p.end[l] = int32(len(p.arr))
 		if i := p.beg[l]; i < p.end[l] {
 			g := int(md.moves[p.mv[i]].group)
@@ -286,19 +299,44 @@ func (p *scratch) seeInflow(m *Memory, v View, l int) {
 		k := lane.moves[0]
 		if len(lane.moves) > 1 {
 			// By the shares; what is owed is not remembered, these may never come.
-			best := int64(-1 << 62)
 			for _, o := range lane.moves {
-				if d := m.Shares[o]*int64(x+1) - p.given[o]*1000; d > best {
-					best, k = d, o
+				if p.given[o] += m.Shares[o]; p.given[o] > p.given[k] {
+					k = o
 				}
 			}
-			p.given[k]++
+			p.given[k] -= 1000
 		}
 		w := int32(plannedUnit)
 		if v.Inflow[x].Sent {
 			w = unit
 		}
 		p.add(max(int32(v.Inflow[x].AtMS-m.AtMS), 0), w, k, true)
+	}
+}
+
+// expect adds those who will come after the last one that is known of, by the
+// lane's usual rate. Without them it would always look well to let just one more
+// go before a change: whom the change stops instead would be out of sight.
+func (p *scratch) expect(m *Memory, l int) {
+	lane := &p.m.lanes[l]
+	rate := int32(min(m.Lanes[l].Rate, 2_000))
+	if rate < expectFrom || lane.reach >= farReachCM {
+		return
+	}
+	at := int32(int64(lane.reach) * 1000 / int64(lane.speed))
+	if n := len(p.arr); n > int(p.beg[l]) {
+		at = max(at, p.arr[n-1])
+	}
+	every := 3_600_000 / rate
+	for at += every / 2; at < planMS; at += every {
+		k := lane.moves[0]
+		for _, o := range lane.moves {
+			if p.given[o] += m.Shares[o]; p.given[o] > p.given[k] {
+				k = o
+			}
+		}
+		p.given[k] -= 1000
+		p.add(at, expectUnit, k, true)
 	}
 }
 

@@ -24,6 +24,7 @@ type model struct {
 	stages   []stageModel
 	rows     []byte  // of all stages, then of all changes; see row
 	change   []int32 // from*stages+to: ms from the end of the first's green to the second's
+	held     []int32 // from*stages+to: for how long of that vehicles still go, ms
 	common   []bool  // from*stages+to: some movement is green through the change
 	start    []int32 // decision grid: how long from now the shown stage may stay before it ends
 	grid     int32   // ms, decisions fall on its multiples
@@ -33,6 +34,7 @@ type laneModel struct {
 	speed int32 // cm/s
 	moves []int16
 	walk  bool
+	calls bool // by a button, so that a call is somebody who waits
 	// reach is how far before the stop line detectors see, cm; feeders among how
 	// many lanes those on the lanes before it are divided.
 	reach   int32
@@ -127,22 +129,31 @@ func modelOf(j *traffic.Junction, r Rules) *model {
 		}
 		i := int16(len(m.moves))
 		m.moves = append(m.moves, moveModel{group: int16(g), lane: int16(len(m.lanes)), exit: -1})
-		m.lanes = append(m.lanes, laneModel{walk: true, moves: []int16{i}})
+		calls := slices.ContainsFunc(j.Detectors, func(d traffic.Detector) bool { return d.Kind == traffic.Button && d.Group == g })
+		m.lanes = append(m.lanes, laneModel{walk: true, calls: calls, moves: []int16{i}})
 	}
 
 	n := len(j.Stages)
 	lim := limitsOf(j, r)
-	m.change, m.common = make([]int32, n*n), make([]bool, n*n)
+	m.change, m.held, m.common = make([]int32, n*n), make([]int32, n*n), make([]bool, n*n)
 	for k := range j.Stages {
 		m.stages = append(m.stages, stageModel{minGreen: int32(min(stageMinGreen(j, r, k), 60_000))})
 		for i := range m.moves {
 			m.rows = append(m.rows, aspectByte(j.Stages[k].State.At(int(m.moves[i].group))))
 		}
 	}
-	// For each change two rows: while yellow is still used, and after.
+	// For each change three rows: before yellow, while yellow is still used, and after.
 	for a := range n {
 		for b := range n {
 			m.change[a*n+b] = int32(min(changeMS(j, lim, a, b), 120_000))
+			m.held[a*n+b] = heldMS(j, lim, a, b)
+			for i := range m.moves {
+				x := m.rows[a*len(m.moves)+i]
+				if m.lanes[m.moves[i].lane].walk && m.rows[b*len(m.moves)+i] == stop {
+					x = stop
+				}
+				m.rows = append(m.rows, x)
+			}
 			for _, used := range []bool{true, false} {
 				for i := range m.moves {
 					x := m.rows[a*len(m.moves)+i]
@@ -206,6 +217,31 @@ func (m *model) row(k int) []byte { return m.rows[k*len(m.moves) : (k+1)*len(m.m
 // between are the rows of a change: the first second, and the rest.
 func (m *model) between(a, b int) (first, rest []byte) {
 	n, w := len(m.stages), len(m.moves)
-	at := (n + 2*(a*n+b)) * w
+	at := (n + 3*(a*n+b) + 1) * w
 	return m.rows[at : at+w], m.rows[at+w : at+2*w]
+}
+
+// keeps is what each movement may do in a change before its yellow.
+func (m *model) keeps(a, b int) []byte {
+	at := (len(m.stages) + 3*(a*len(m.stages)+b)) * len(m.moves)
+	return m.rows[at : at+len(m.moves)]
+}
+
+// heldMS is for how long after the beginning of a change vehicles stay green,
+// because others, who walk, take longer to clear.
+func heldMS(j *traffic.Junction, l limits, from, to int) int32 {
+	a, b := j.Stages[from].State, j.Stages[to].State
+	var longest, vehicles int64
+	for i := range j.Groups {
+		if a.At(i).Go() && !b.At(i).Go() {
+			longest = max(longest, l.clear[i])
+			if j.Groups[i].Kind != traffic.Pedestrians {
+				vehicles = max(vehicles, l.clear[i])
+			}
+		}
+	}
+	if vehicles == 0 {
+		return 0
+	}
+	return int32(min(longest-vehicles, 60_000))
 }

@@ -17,7 +17,7 @@ const (
 	longestMS  = 40_000 // and one that has lasted so long
 	laterMS    = 0      // what a vehicle costs that is left over at the end, beside its wait
 	chain      = 3      // how many stages follow one another in a plan
-	waves      = 0      // how many more platoons a stage of a plan may wait for
+	waves      = 1      // how many more platoons a stage of a plan may wait for
 	nodesMost  = 4_000  // stages tried in one decision
 	unit       = 1_000  // weight of one vehicle
 	hysteresis = 500 * unit
@@ -32,6 +32,7 @@ type scratch struct {
 	run []bool  // on the move: a stop costs
 	beg []int32 // by lane
 	end []int32
+	hlt []int64 // by lane: what a stop costs, ms
 	nf  []int32 // by lane: when its head may go, at the earliest
 	cap []int32 // by exit, thousandths of a vehicle
 	ref []int32 // by exit, thousandths a second; negative: not limited
@@ -91,6 +92,7 @@ func (p *scratch) begin(m *model) {
 	p.arr, p.w, p.mv, p.run = p.arr[:0], p.w[:0], p.mv[:0], p.run[:0]
 	n := len(m.lanes)
 	p.beg, p.end, p.nf = grow(p.beg, n), grow(p.end, n), grow(p.nf, n)
+	p.hlt = grow(p.hlt, n)
 	p.cand, p.active = grow(p.cand, n), grow(p.active, n)
 	p.cap, p.ref = grow(p.cap, m.exits), grow(p.ref, m.exits)
 	p.leave = grow(p.leave, len(m.stages))
@@ -102,6 +104,9 @@ func (p *scratch) begin(m *model) {
 	}
 	p.given = grow(p.given, len(m.moves))
 	clear(p.given)
+	for l := range p.hlt {
+		p.hlt[l] = stopCostMS
+	}
 	clear(p.nf)
 	for i := range p.cap {
 		p.cap[i], p.ref[i] = 0, -1
@@ -258,7 +263,7 @@ func (p *scratch) final(s *state) int64 {
 			}
 			d += q*headwayMS/2 + laterMS
 			if p.run[i] {
-				d += stopCostMS
+				d += p.hlt[l]
 			}
 			c += int64(p.w[i]) * d
 		}
@@ -318,6 +323,11 @@ func (p *scratch) transit(s *state, t int32, a, b int) int32 {
 	from, to := m.row(a), m.row(b)
 	if d > 0 {
 		first, rest := m.between(a, b)
+		// Where pedestrians need longest to clear, vehicles go on meanwhile.
+		if h := min(m.held[a*n+b], d); h > 0 {
+			p.serve(s, m.keeps(a, b), t, t+h, -1)
+			t, d = t+h, d-h
+		}
 		// Of those who give way, the first of each lane stands in the junction
 		// already and leaves it with the yellow.
 		for l := range m.lanes {
@@ -428,7 +438,7 @@ func (p *scratch) serve(s *state, row []byte, t, until, minGreen int32) int32 {
 		d := c - p.arr[i]
 		cost := int64(d)
 		if p.run[i] && d > 1500 {
-			cost += stopCostMS * int64(min(d, 3000)) / 3000
+			cost += p.hlt[l] * int64(min(d, 3000)) / 3000
 		}
 		s.cost += int64(p.w[i]) * cost
 		s.head[l]++

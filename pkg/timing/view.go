@@ -59,6 +59,9 @@ type View struct {
 	Signal    traffic.Signal
 	// Inflow are vehicles that neighbours have announced, see [Inflows]. Optional.
 	Inflow []Inflow
+	// Corridor names the junctions of an arterial that is to have a green wave, this
+	// one among them. Optional.
+	Corridor []traffic.JunctionID
 }
 
 // vehicleCM is the length of street that one standing vehicle takes.

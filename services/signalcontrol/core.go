@@ -59,6 +59,9 @@ type CoreConfig struct {
 	Rules                 timing.Rules
 	// Isolated: junctions do not plan with what their neighbours announce.
 	Isolated bool
+	// Corridor names the junctions of an arterial that is to have a green wave.
+	// Optional.
+	Corridor []traffic.JunctionID
 }
 
 // Validate reports everything that is wrong, each with its field.
@@ -186,6 +189,7 @@ func (c *Core) Commands(now time.Time, height ledger.Height, frames []*traffic.F
 func (c *Core) decide(now time.Time, height ledger.Height, j *traffic.Junction, f *traffic.Frame) (traffic.Command, error) {
 	v := c.view(j, f)
 	if !c.cfg.Isolated {
+		v.Corridor = c.cfg.Corridor
 		v.Inflow = timing.Inflows(j, f.Time, c.heard(j))
 	}
 	m, d := c.cfg.Controller.Next(j, c.cfg.Rules, c.memory[j.ID], v)

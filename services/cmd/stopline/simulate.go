@@ -13,6 +13,7 @@ import (
 	"math"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/identity"
@@ -63,6 +64,7 @@ end.
 		fs.BoolVar(&o.pipeline, "pipeline", false, "run through every service, in lockstep")
 		fs.DurationVar(&o.length, "for", 0, "simulate at most this long, for instance 10m; 0: to the scenario's end\n(the city, which has none: 1h)")
 		fs.StringVar(&o.decisions, "decisions", "", "write each decision as one JSON line to `FILE`")
+		corridor := fs.String("corridor", "", "junctions with a green wave: `LIST` of ids with commas, or longest: the longest chain of signals")
 		fs.BoolVar(&o.isolated, "isolated", false, "junctions do not plan with what their neighbours announce")
 		fs.StringVar(&o.data, "data", "", "with --pipeline: keep the district in folder `DIR`, which must be new")
 		fs.StringVar(&o.attack, "attack", "", "`NAME` of an attack on one junction")
@@ -73,6 +75,9 @@ end.
 		return func(ctx context.Context, args []string, s streams) error {
 			if len(args) > 0 || o.config == "" {
 				return usageError("simulate: --config is needed, and no arguments")
+			}
+			for _, id := range strings.FieldsFunc(*corridor, func(r rune) bool { return r == ',' }) {
+				o.corridor = append(o.corridor, traffic.JunctionID(id))
 			}
 			if !*quiet && isTerminal(s.err) {
 				o.progress = s.err
@@ -96,6 +101,7 @@ type simulateOptions struct {
 	seed                               int64
 	tripinfo, decisions                string
 	isolated                           bool
+	corridor                           []traffic.JunctionID
 	pipeline                           bool
 	length                             time.Duration
 	data                               string
@@ -201,7 +207,10 @@ func simulate(ctx context.Context, o simulateOptions) (_ simulated, err error) {
 	var d decider
 	var key func(traffic.JunctionID) (ed25519.PrivateKey, error)
 	var commander func(identity.KeyID) (ed25519.PublicKey, bool)
-	coreConfig := signalcontrol.CoreConfig{District: id, Policy: "simulate", PolicyVersion: "1", Controller: ctrl, Rules: rules, Isolated: o.isolated}
+	if len(o.corridor) == 1 && o.corridor[0] == "longest" {
+		o.corridor = longestCorridor(defs).ids
+	}
+	coreConfig := signalcontrol.CoreConfig{District: id, Policy: "simulate", PolicyVersion: "1", Controller: ctrl, Rules: rules, Isolated: o.isolated, Corridor: o.corridor}
 	if o.pipeline {
 		p, err := newPipeline(ctx, id, defs, clock, coreConfig, o.data, log)
 		if err != nil {
