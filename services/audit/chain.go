@@ -183,6 +183,9 @@ func (s *Service) Chain(ctx context.Context, j traffic.JunctionID, at time.Time)
 		}
 	}
 	c.Summary = c.summarise()
+	if err := s.inHand(ctx, c, s.sealedSize()); err != nil {
+		return nil, fmt.Errorf("chain: %w", err)
+	}
 	return c, nil
 }
 

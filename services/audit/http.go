@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +18,22 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/ledger"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 )
+
+// chainFor answers what a chain's query asks.
+func (s *Service) chainFor(ctx context.Context, v url.Values) (*Chain, error) {
+	if v.Has("index") {
+		index, err := strconv.ParseUint(v.Get("index"), 10, 62)
+		if err != nil || v.Has("junction") || v.Has("at") {
+			return nil, kind.Errorf(kind.Invalid, "index: must be a leaf's number in the log, without junction and at")
+		}
+		return s.RequestChain(ctx, index)
+	}
+	at, err := time.Parse(time.RFC3339Nano, v.Get("at"))
+	if err != nil {
+		return nil, kind.Errorf(kind.Invalid, "at: must be a time as in RFC 3339")
+	}
+	return s.Chain(ctx, traffic.JunctionID(v.Get("junction")), at)
+}
 
 // maxMaking is how many bundles are made at once.
 const maxMaking = 4
@@ -46,6 +63,8 @@ func (l limit) begin() (done func(), ok bool) {
 //	                              limit, after (the next of the page before)
 //	GET /v1/chain?junction=&at=   why the junction did what it did then, JSON; with
 //	                              format=zip the bundle of all its records
+//	GET /v1/chain?index=          the same of a request for priority, or of an
+//	                              override: what became of it
 //	GET /v1/bundle?records=1,2,…  one bundle of several records; unbroken=DEVICE adds
 //	                              the claim that nothing of the device is missing
 //	                              between the first and the last
@@ -94,12 +113,7 @@ func (s *Service) Handler() http.Handler {
 	})
 	mux.HandleFunc("GET /v1/chain", func(w http.ResponseWriter, r *http.Request) {
 		v := r.URL.Query()
-		at, err := time.Parse(time.RFC3339Nano, v.Get("at"))
-		if err != nil {
-			s.problem(w, kind.Errorf(kind.Invalid, "at: must be a time as in RFC 3339"))
-			return
-		}
-		c, err := s.Chain(r.Context(), traffic.JunctionID(v.Get("junction")), at)
+		c, err := s.chainFor(r.Context(), v)
 		switch {
 		case err != nil || v.Get("format") == "" || v.Get("format") == "json":
 			s.json(w, c, err)

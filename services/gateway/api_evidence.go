@@ -186,7 +186,7 @@ type chainDoc struct {
 }
 
 // steps of a chain in the words of the API.
-var steps = map[string]string{"reading": "reading", "decision": "command", "response": "response", "lamps": "response"}
+var steps = map[string]string{"reading": "reading", "decision": "command", "response": "response", "lamps": "response", "green": "response", "end": "response"}
 
 // visible returns a record by its leaf, if it may be shown at all.
 func (p *evidencePart) visible(ctx context.Context, index uint64) (indexed, error) {
@@ -217,7 +217,7 @@ func (p *evidencePart) chainOf(ctx context.Context, r *pb.GetChainRequest) (url.
 		if x.Junction == "" {
 			return nil, &x, nil
 		}
-		return url.Values{"junction": {x.Junction}, "at": {rfc3339(x.Time)}}, &x, nil
+		return chainQuery(&x), &x, nil
 	}
 	if r.Junction == "" {
 		return nil, nil, invalidField("junction", "required", "junction, or index, must be given")
@@ -235,13 +235,22 @@ func (p *evidencePart) chainOf(ctx context.Context, r *pb.GetChainRequest) (url.
 	return url.Values{"junction": {r.Junction}, "at": {rfc3339(at)}}, nil, nil
 }
 
+// chainQuery asks for the chain that a record is in: that of a request or of an
+// override begins with it.
+func chainQuery(x *indexed) url.Values {
+	if x.Kind == string(identity.KindRequest) || x.Kind == string(identity.KindOverride) {
+		return url.Values{"index": {strconv.FormatUint(x.Index, 10)}}
+	}
+	return url.Values{"junction": {x.Junction}, "at": {rfc3339(x.Time)}}
+}
+
 func (p *evidencePart) GetChain(ctx context.Context, r *pb.GetChainRequest) (*pb.GetChainResponse, error) {
 	q, x, err := p.chainOf(ctx, r)
 	if err != nil {
 		return nil, err
 	}
 	out := &pb.GetChainResponse{}
-	if x != nil && x.Kind != string(identity.KindFrame) && x.Kind != string(identity.KindCommand) {
+	if x != nil && x.Kind != string(identity.KindFrame) && x.Kind != string(identity.KindCommand) && !q.Has("index") {
 		out.Links = append(out.Links, &pb.ChainLink{Step: x.Kind, Record: x.info(), Text: x.Rule})
 	}
 	if q == nil {
@@ -272,11 +281,13 @@ func (p *evidencePart) GetBundle(ctx context.Context, r *pb.GetBundleRequest) (*
 	records := []string{strconv.FormatUint(r.Index, 10)}
 	if r.Chain && x.Junction != "" {
 		var c chainDoc
-		if err := p.a.audit.get(ctx, "/v1/chain", url.Values{"junction": {x.Junction}, "at": {rfc3339(x.Time)}}, &c); err != nil {
+		if err := p.a.audit.get(ctx, "/v1/chain", chainQuery(&x), &c); err != nil {
 			return nil, err
 		}
 		for i := range c.Steps {
-			records = append(records, strconv.FormatUint(c.Steps[i].Index, 10))
+			if c.Steps[i].Index != r.Index {
+				records = append(records, strconv.FormatUint(c.Steps[i].Index, 10))
+			}
 		}
 	}
 	b, err := p.a.audit.raw(ctx, "/v1/bundle", url.Values{"records": {strings.Join(records, ",")}})

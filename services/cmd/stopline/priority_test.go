@@ -313,6 +313,7 @@ func TestACorridorIsWatchedToItsEnd(t *testing.T) {
 		g, err := tn.api().GetPriority(ctx, &pb.GetPriorityRequest{Id: id})
 		return err == nil && g.Priority.Sealed && g.Priority.Index > 0
 	})
+	tn.proveChain(ctx, id)
 	// Theirs only, and the ended ones when asked.
 	for client, n := range map[string]int{"ambulance-desk-1": 1, "fire-desk-1": 1} {
 		l, err := tn.api().ListPriorities(tn.as(client, "emergency-response"), &pb.ListPrioritiesRequest{Ended: true})
@@ -328,6 +329,59 @@ func TestACorridorIsWatchedToItsEnd(t *testing.T) {
 			t.Errorf("the interlock of %s has tripped", u.Status(time.Now()).Junction)
 		}
 	}
+}
+
+// proveChain wants one chain from the request to what the controllers showed, and
+// one bundle that proves it.
+func (tn *town) proveChain(ctx context.Context, id string) {
+	t := tn.t
+	t.Helper()
+	g, err := tn.api().GetPriority(ctx, &pb.GetPriorityRequest{Id: id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	evidence := pb.NewEvidenceServiceClient(tn.conn)
+	var chain *pb.GetChainResponse
+	wanted := map[string]int{"request": 2, "reading": 1, "command": 2, "response": 2}
+	tn.wait("whole chain", 40*time.Second, func() bool {
+		if chain, err = evidence.GetChain(ctx, &pb.GetChainRequest{Index: g.Priority.Index}); err != nil {
+			return false
+		}
+		have := map[string]int{}
+		for _, l := range chain.Links {
+			have[l.Step]++
+		}
+		for step, n := range wanted {
+			if have[step] < n {
+				return false
+			}
+		}
+		return true
+	})
+	for _, l := range chain.Links {
+		if l.Step == "command" && !strings.HasPrefix(l.Record.Rule, "priority "+id+" emergency") {
+			t.Errorf("a command of the chain is by %q, want it to name request %s", l.Record.Rule, id)
+		}
+		if l.Record.Height == 0 || l.Text == "" {
+			t.Errorf("link %v: want its block and what it says", l)
+		}
+	}
+	var zip []byte
+	tn.wait("bundle of it", 20*time.Second, func() bool {
+		b, err := evidence.GetBundle(ctx, &pb.GetBundleRequest{Index: g.Priority.Index, Chain: true}, grpc.MaxCallRecvMsgSize(64<<20))
+		if err != nil {
+			return false
+		}
+		zip = b.Data
+		return true
+	})
+	v, err := evidence.VerifyBundle(context.Background(), &pb.VerifyBundleRequest{Bundle: zip})
+	if err != nil || !v.Verified {
+		t.Errorf("the chain's bundle: %v, %v; want it verified", v, err)
+	}
+	// Another agency's eyes are not for it.
+	_, err = evidence.GetChain(tn.as("fire-desk-1", "emergency-response"), &pb.GetChainRequest{Index: g.Priority.Index})
+	wantCode(t, "another agency's chain", err, codes.PermissionDenied, "")
 }
 
 func (tn *town) unit(j string) *roadside.Unit {
