@@ -160,6 +160,12 @@ func (r *Recorder) Run(ctx context.Context) error {
 		case <-time.After(wait):
 		}
 	}
+	defer func() { // whoever comes later is told at once
+		r.mu.Lock()
+		r.epoch = 0
+		r.mu.Unlock()
+		r.fail(r.take(1<<30), kind.Errorf(kind.Unavailable, "recorder: stopped"))
+	}()
 	return run.All(ctx,
 		run.Actor{Name: "commit", Run: r.commit},
 		run.Actor{Name: "forward", Run: func(ctx context.Context) error { return r.forward(ctx, sender) }},
@@ -217,7 +223,7 @@ func (r *Recorder) Put(ctx context.Context, k identity.RecordKind, awaited bool,
 	switch {
 	case r.epoch == 0:
 		r.mu.Unlock()
-		return Promise{}, kind.Errorf(kind.Unavailable, "recorder: has not started")
+		return Promise{}, kind.Errorf(kind.Unavailable, "recorder: is not running")
 	case r.lagging != "":
 		r.mu.Unlock()
 		return Promise{}, kind.Errorf(kind.Unavailable, "recorder: %s", r.lagging)
@@ -377,7 +383,12 @@ func (r *Recorder) hand(ctx context.Context, sender *bus.Sender, m *bus.Msg) err
 	}
 	var later error
 	for range b.Records {
-		a := <-answers
+		var a answer
+		select {
+		case a = <-answers:
+		case <-ctx.Done(): // they are sent again, and ingest knows those that it has
+			return kind.Errorf(kind.Unavailable, "gateway: forwarding: %w", context.Cause(ctx))
+		}
 		switch {
 		case a.err == nil:
 			if want := ledger.Commit(ledger.Salt(b.Records[a.i].Salt), b.Records[a.i].Envelope); ledger.Hash(a.r.Commitment) != want {
