@@ -43,7 +43,7 @@ auditor-1 and registrar-1. With --once the token is good for one call.`,
 		device := fs.String("device", "", "device `ID`, as in the registry")
 		client := fs.String("client", "", "client `ID`, as in the registry, instead of a device")
 		once := fs.Bool("once", false, "with --client: good for one call only")
-		length := fs.Duration("for", 0, "how long the token is good: a device's at most 744h, 0 is 24h; a client's at most 15m,\n0 is that")
+		length := fs.Duration("for", 0, "how long the token is good: a device's at most 744h, 0 is 24h;\na client's at most 15m, 0 is that")
 		asJSON := fs.Bool("json", false, "print one JSON object")
 		return func(_ context.Context, args []string, s streams) error {
 			if len(args) > 0 || *data == "" || (*device == "") == (*client == "") {

@@ -64,7 +64,7 @@ end.
 		fs.BoolVar(&o.pipeline, "pipeline", false, "run through every service, in lockstep")
 		fs.DurationVar(&o.length, "for", 0, "simulate at most this long, for instance 10m; 0: to the scenario's end\n(the city, which has none: 1h)")
 		fs.StringVar(&o.decisions, "decisions", "", "write each decision as one JSON line to `FILE`")
-		corridor := fs.String("corridor", "", "junctions with a green wave: `LIST` of ids with commas, or longest: the longest chain of signals")
+		corridor := fs.String("corridor", "", "junctions with a green wave: `LIST` of ids with commas, or longest, for\nthe longest chain of signals")
 		fs.BoolVar(&o.isolated, "isolated", false, "junctions do not plan with what their neighbours announce")
 		fs.StringVar(&o.data, "data", "", "with --pipeline: keep the district in folder `DIR`, which must be new")
 		fs.StringVar(&o.attack, "attack", "", "`NAME` of an attack on one junction")
