@@ -94,9 +94,13 @@ func (s *Service) requestChain(ctx context.Context, c *Chain, q *traffic.Request
 		return err
 	}
 	kept := c.Steps[:0]
+	owner := "" // of the id: who used it first
 	for _, st := range c.Steps {
 		if p, err := s.get(st.Index); err == nil {
 			if o := wire.Candidate(p.Envelope, p.Salt[:]).Request; o != nil {
+				if owner == "" {
+					owner = o.By.Agency
+				}
 				if o.By.Agency != q.By.Agency {
 					continue
 				}
@@ -113,7 +117,12 @@ func (s *Service) requestChain(ctx context.Context, c *Chain, q *traffic.Request
 		end = first.Expires.Add(lookAfter)
 	}
 	served := 0
-	for _, stop := range first.Stops {
+	stops := first.Stops
+	if owner != "" && owner != q.By.Agency {
+		c.Missing = append(c.Missing, fmt.Sprintf("the id %s was %s's before: nothing was done for this request", q.ID, owner))
+		stops = nil
+	}
+	for _, stop := range stops {
 		f := found{}
 		cmd, ok, err := s.serving(ctx, q.ID, stop.Junction, first.Time, end, sealed)
 		if err != nil {
