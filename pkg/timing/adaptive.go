@@ -9,23 +9,16 @@ import (
 
 // Settings of the adaptive controller. One set serves every network.
 const (
-	accelCMSS = 260 // cm/s²
-	stuckMS   = 3_000
-	stuckMost = 50_000
-	// A queue weighs more from where it fills so much of its lane, in thousandths,
-	// and by so much more when it fills it all.
-	crowdedFrom = 500
-	crowdedMost = 2_000
+	accelCMSS   = 260 // cm/s²
+	stuckMS     = 3_000
+	stuckMost   = 50_000
 	expectUnit  = 300    // weight of a vehicle that usually comes
 	farReachCM  = 15_000 // who sees so far need not guess
 	expectFrom  = 60     // an hour: less is nobody
 	perhapsUnit = 300    // weight of a walk without a button
 	waveStopMS  = 16_000 // what a stop costs on a corridor with a green wave
 	busUnits    = 10     // vehicles that a bus weighs more than one
-	turnersFrom = 1_000_000
 	softRedMS   = 150_000
-	switchCost  = 0
-	switchQueue = 0   // for each standing vehicle
 	plannedUnit = 400 // weight of a vehicle that a neighbour is only about to let go
 )
 
@@ -72,7 +65,7 @@ func adaptive(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decision)
 			m, d = m.decide(at, fmt.Sprintf("adaptive: rest in stage %d, nobody is there", at))
 			break
 		}
-		p.search(at, switchCost+switchQueue*int64(p.standing()))
+		p.search(at)
 		best := at
 		for k := range p.leave {
 			if k != at && p.leave[k]+p.margin < p.stay && (best == at || p.leave[k] < p.leave[best]) {
@@ -84,46 +77,10 @@ func adaptive(j *traffic.Junction, r Rules, m Memory, v View) (Memory, Decision)
 			m, d = m.decide(at, fmt.Sprintf("adaptive: stage %d stays", at))
 			break
 		}
-		if k := p.clears(v, at, best); k >= 0 {
-			m, d = m.decide(k, fmt.Sprintf("adaptive: stage %d before stage %d, for those who still stand in the junction", k, best))
-			break
-		}
 		m, d = m.decide(best, fmt.Sprintf("adaptive: stage %d saves %d vehicle-seconds", best, (p.stay-p.leave[best])/(1000*unit)))
 	}
 	p.announce(&m, v, d.Stage, next, leave)
 	return m, d
-}
-
-// clears returns the stage that protects those who still have to give way within
-// the junction, and whom the next stage would take their green from; -1 where
-// nobody does. Gridlock begins with turners whose way out others then cross.
-func (p *scratch) clears(v View, at, next int) int {
-	md := p.m
-	from, to := md.row(at), md.row(next)
-	best, most := -1, turnersFrom-1
-	for k := range md.stages {
-		row := md.row(k)
-		n := 0
-		for i := range v.Movements {
-			if from[i] == gives && to[i] == stop && row[i] == goes && !full(&v.Movements[i]) {
-				n += v.Movements[i].BoxSlow
-			}
-		}
-		if n > most {
-			best, most = k, n
-		}
-	}
-	return best
-}
-
-// standing is how many vehicles stand, of those that are there.
-func (p *scratch) standing() (n int) {
-	for i := range p.run {
-		if !p.run[i] {
-			n++
-		}
-	}
-	return n
 }
 
 // announce rolls out what was decided, and notes who is let go by it. A stage
@@ -184,7 +141,6 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 		if lane.from != "" && slices.Contains(v.Corridor, lane.from) && slices.Contains(v.Corridor, md.junction.ID) {
 			p.hlt[l] = waveStopMS
 		}
-		p.crowd(l)
 		p.priority(v, l)
 		p.seeInflow(m, v, l)
 		p.expect(m, l)
@@ -229,29 +185,6 @@ func (p *scratch) priority(v View, l int) {
 				break
 			}
 		}
-	}
-}
-
-// crowd makes a queue weigh more as it comes to fill its lane: what stands
-// beyond it stands in somebody else's way.
-func (p *scratch) crowd(l int) {
-	lane := &p.m.lanes[l]
-	if lane.from == "" {
-		return
-	}
-	var standing int32
-	for i := p.beg[l]; i < int32(len(p.arr)); i++ {
-		if !p.run[i] {
-			standing++
-		}
-	}
-	fill := min(standing*queueSpaceCM*10/max(lane.length/100, 1), 1000) // thousandths
-	if fill <= crowdedFrom {
-		return
-	}
-	more := (fill - crowdedFrom) * crowdedMost / (1000 - crowdedFrom)
-	for i := p.beg[l]; i < int32(len(p.arr)); i++ {
-		p.w[i] += p.w[i] / 1000 * more
 	}
 }
 

@@ -26,7 +26,7 @@ type model struct {
 	change   []int32 // from*stages+to: ms from the end of the first's green to the second's
 	held     []int32 // from*stages+to: for how long of that vehicles still go, ms
 	common   []bool  // from*stages+to: some movement is green through the change
-	start    []int32 // decision grid: how long from now the shown stage may stay before it ends
+	start    []int32 // how long from now the shown stage may stay before it ends, on the grid
 	grid     int32   // ms, decisions fall on its multiples
 }
 
@@ -67,7 +67,7 @@ const (
 // Settings of the model. One set serves every network.
 const (
 	headwayMS      = 1850 // between vehicles that leave a queue at a protected green
-	headwayPercent = 70
+	headwayPercent = 60
 	leastHeadwayMS = 1000 // no queue is faster than that
 	giveHeadwayMS  = 2800 // and at a permissive one
 )

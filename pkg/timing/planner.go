@@ -15,7 +15,6 @@ const (
 	gapAfterMS = 1_500  // and that after him
 	restMS     = 2_000  // a stage that has served nobody for so long is over
 	longestMS  = 40_000 // and one that has lasted so long
-	laterMS    = 0      // what a vehicle costs that is left over at the end, beside its wait
 	chain      = 3      // how many stages follow one another in a plan
 	waves      = 1      // how many more platoons a stage of a plan may wait for
 	nodesMost  = 4_000  // stages tried in one decision
@@ -118,7 +117,7 @@ func (p *scratch) add(arr, w int32, mv int16, run bool) {
 }
 
 // search looks for the plan that costs least, and fills in stay and leave.
-func (p *scratch) search(cur int, switching int64) {
+func (p *scratch) search(cur int) {
 	p.cur, p.best, p.stay, p.nodes = cur, math.MaxInt64/2, math.MaxInt64/2, 0
 	for k := range p.leave {
 		p.leave[k] = math.MaxInt64 / 2
@@ -136,7 +135,7 @@ func (p *scratch) search(cur int, switching int64) {
 	// Until it has served who is there: often the best, and so a good measure for
 	// what follows.
 	t.copyFrom(s)
-	p.run1(1, 0, cur, chain, cur, true, switching)
+	p.run1(1, 0, cur, chain, cur, true)
 
 	var at int32
 	for _, d := range p.m.start {
@@ -152,7 +151,7 @@ func (p *scratch) search(cur int, switching int64) {
 			if b == cur || !p.useful(s, b) {
 				continue
 			}
-			p.branch(s, 1, at, cur, b, chain, b, d > 0, switching)
+			p.branch(s, 1, at, cur, b, chain, b, d > 0)
 		}
 	}
 }
@@ -189,7 +188,7 @@ func (p *scratch) done(s *state) bool {
 
 // run1 runs stage k in states[at] from t until it has served who is there, then
 // tries every stage after it; and again after whoever comes next.
-func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool, switching int64) {
+func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool) {
 	p.nodes++
 	s := &p.states[at]
 	row := p.m.row(k)
@@ -213,7 +212,7 @@ func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool, switchi
 			if b == k || !p.useful(s, b) {
 				continue
 			}
-			p.branch(s, at+1, t, k, b, depth-1, first, stays, switching)
+			p.branch(s, at+1, t, k, b, depth-1, first, stays)
 		}
 		// Until the next one comes for whom the stage is green.
 		next := p.next(s, row, t)
@@ -261,7 +260,7 @@ func (p *scratch) final(s *state) int64 {
 			if d <= 0 {
 				continue
 			}
-			d += q*headwayMS/2 + laterMS
+			d += q * headwayMS / 2
 			if p.run[i] {
 				d += p.hlt[l]
 			}
@@ -303,16 +302,15 @@ func (p *scratch) bound(s *state, t int32, row []byte, late int32) int64 {
 }
 
 // branch tries stage b after stage a, from s at t, with the plan's last states.
-func (p *scratch) branch(s *state, at int, t int32, a, b, depth, first int, stays bool, switching int64) {
+func (p *scratch) branch(s *state, at int, t int32, a, b, depth, first int, stays bool) {
 	n := &p.states[at]
 	n.copyFrom(s)
-	n.cost += switching
 	t = p.transit(n, t, a, b)
 	late := t + p.m.stages[b].minGreen + p.m.stages[b].leastChange
 	if p.bound(n, t, p.m.row(b), late) >= p.best+p.margin {
 		return
 	}
-	p.run1(at, t, b, depth, first, stays, switching)
+	p.run1(at, t, b, depth, first, stays)
 }
 
 // transit leads s from stage a to stage b and returns when b begins.
