@@ -141,12 +141,15 @@ func TestLockstepCity(t *testing.T) {
 	processTest(t)
 	lockstepTest(t, 9, 40, "--config", cityName, "--for", "40s", "--seed", "3", "--controller", "maxpressure")
 	lockstepTest(t, 9, 15, "--config", cityName, "--for", "15s", "--seed", "4", "--controller", "actuated", "--rules", "field")
+	lockstepTest(t, 9, 20, "--config", cityName, "--for", "20s", "--seed", "5", "--controller", "adaptive")
 }
 
 func TestLockstepSUMO(t *testing.T) {
 	config := shared(t, "ingolstadt1")
 	processTest(t)
 	lockstepTest(t, 1, 60, "--config", config, "--for", "60s", "--rules", "deployable")
+	// Three signals that announce to one another what they let go.
+	lockstepTest(t, 3, 40, "--config", shared(t, "cologne3"), "--for", "40s", "--controller", "adaptive", "--rules", "free", "--sensing", "oracle")
 }
 
 // The fixed plan's delay over the whole hour is the one that was measured with
