@@ -124,7 +124,7 @@ func newAPIWorld(t *testing.T, o apiOptions) *apiWorld {
 	}
 	if o.audit != nil {
 		group.Go(func() {
-			if err := w.bus.ServeHTTP(ctx, topic.Ask(genesis.District, topic.AuditUser, "http"), "audit", 8, o.audit); err != nil {
+			if err := w.bus.ServeHTTP(ctx, topic.Ask(genesis.District, topic.AuditUser, "http"), "audit", 256, o.audit); err != nil {
 				t.Error(err)
 			}
 		})
