@@ -298,10 +298,12 @@ type Registry struct {
 	features     map[string]uint64 // name to first height
 	retention    *Retention        // nil without an entry
 	holds        map[string]*Hold  // those in force; never changed in place
-	nonces       map[nonceKey]bool
-	tree         *merkle.Tree // nil until asked for after a change
-	loading      bool         // a snapshot, whose entries were checked when they were filed
-	order        []string
+	// fleets are the vehicles of each agency, by id; never changed in place.
+	fleets  map[string]map[string]Vehicle
+	nonces  map[nonceKey]bool
+	tree    *merkle.Tree // nil until asked for after a change
+	loading bool         // a snapshot, whose entries were checked when they were filed
+	order   []string
 }
 
 // NewRegistry returns the state that a genesis document describes.
@@ -694,6 +696,9 @@ func (r *Registry) revoke(height uint64, t EntryType, id string) error {
 func (r *Registry) set(e Entry) {
 	if e.Type == TypeValidator {
 		r.membersSince = max(r.membersSince, e.Since)
+	}
+	if e.Type == TypeFleet {
+		r.setFleet(e)
 	}
 	r.entries[entryKey(e.Type, e.ID)] = e
 	r.tree, r.order = nil, nil

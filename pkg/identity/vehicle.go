@@ -2,7 +2,7 @@ package identity
 
 import (
 	"encoding/json"
-	"slices"
+	"maps"
 	"time"
 
 	"github.com/stopline-traffic/stopline/pkg/kind"
@@ -98,17 +98,25 @@ func (r *Registry) Vehicle(agency, id string) (Vehicle, bool) {
 	if e, ok := r.entries[entryKey(TypeAgency, agency)]; !ok || e.Status != Active {
 		return Vehicle{}, false
 	}
-	e, ok := r.entries[entryKey(TypeFleet, agency)]
-	if !ok || e.Status != Active {
+	if e, ok := r.entries[entryKey(TypeFleet, agency)]; !ok || e.Status != Active {
 		return Vehicle{}, false
 	}
+	v, ok := r.fleets[agency][id]
+	return v, ok
+}
+
+// setFleet keeps a fleet that is filed in a form in which it is quickly asked.
+func (r *Registry) setFleet(e Entry) {
 	var f Fleet
 	if parseBody(e.Body, &f) != nil {
-		return Vehicle{}, false // unreachable: it was checked when it was filed
+		return // unreachable: it was checked when it was filed
 	}
-	i := slices.IndexFunc(f.Vehicles, func(v Vehicle) bool { return v.ID == id })
-	if i < 0 {
-		return Vehicle{}, false
+	vs := make(map[string]Vehicle, len(f.Vehicles))
+	for _, v := range f.Vehicles {
+		vs[v.ID] = v
 	}
-	return f.Vehicles[i], true
+	if r.fleets = maps.Clone(r.fleets); r.fleets == nil { // shared with clones
+		r.fleets = map[string]map[string]Vehicle{}
+	}
+	r.fleets[e.ID] = vs
 }

@@ -110,6 +110,7 @@ type state struct {
 	Height  uint64
 	Time    time.Time // of that block
 	Order   uint64
+	Pruned  time.Time // when what has ended was looked through
 	Entries map[string]*Entry
 	Seen    map[traffic.JunctionID]*seen
 	Served  map[served]time.Time
@@ -189,7 +190,7 @@ func (b *Book) Restore(data []byte) error {
 // Clone returns a book that shares nothing with this one.
 func (b *Book) Clone() *Book {
 	c := NewBook(b.policy, b.rules)
-	c.Height, c.Time, c.Order = b.Height, b.Time, b.Order
+	c.Height, c.Time, c.Order, c.Pruned = b.Height, b.Time, b.Order, b.Pruned
 	for id, e := range b.Entries {
 		c.Entries[id] = e.clone()
 	}
@@ -253,8 +254,10 @@ func (b *Book) Changed() []string {
 
 // Bounds of what a book keeps.
 const (
-	keepEnded   = 2 * time.Hour // after its end, by the blocks' time
-	mostEntries = 20_000
+	keepEnded    = 2 * time.Hour // after its end, by the blocks' time
+	keepRejected = 10 * time.Minute
+	pruneEvery   = time.Minute
+	mostEntries  = 10_000
 	// forgiven is how far the blocks' time may be past a stop's last moment before
 	// it ends without a frame of its junction: frames may come late.
 	forgiven = 5 * time.Minute
@@ -268,13 +271,7 @@ func (b *Book) Block(height uint64, at time.Time) {
 		return
 	}
 	b.Height, b.Time = height, at
-	for _, e := range b.byOrder() {
-		if e.State.Ended() {
-			if at.Sub(e.Ended) > keepEnded || len(b.Entries) > mostEntries {
-				delete(b.Entries, e.Request.ID)
-			}
-			continue
-		}
+	for _, e := range b.live() {
 		for i := range e.Stops {
 			s := &e.Stops[i]
 			if !s.State.Ended() && at.Sub(b.last(e, s)) > forgiven {
@@ -283,11 +280,44 @@ func (b *Book) Block(height uint64, at time.Time) {
 		}
 		b.settle(e, at)
 	}
+	if at.Sub(b.Pruned) < pruneEvery && len(b.Entries) <= mostEntries {
+		return
+	}
+	b.Pruned = at
+	for _, e := range b.byOrder() {
+		keep := keepEnded
+		if e.State == Rejected {
+			keep = keepRejected
+		}
+		// Where there are too many a tenth goes at once, so that it is seldom done.
+		if e.State.Ended() && (at.Sub(e.Ended) > keep || len(b.Entries) > mostEntries-mostEntries/10) {
+			delete(b.Entries, e.Request.ID)
+		}
+	}
 	for k, t := range b.Served {
 		if at.Sub(t) > keepEnded {
 			delete(b.Served, k)
 		}
 	}
+	for a, l := range b.Let {
+		if at.Sub(l[len(l)-1].At) >= time.Hour {
+			delete(b.Let, a)
+		}
+	}
+}
+
+// live are the entries that have not ended, in order.
+func (b *Book) live() []*Entry {
+	var out []*Entry
+	for _, ids := range b.at {
+		for _, id := range ids {
+			if e := b.Entries[id]; !slices.Contains(out, e) {
+				out = append(out, e)
+			}
+		}
+	}
+	slices.SortFunc(out, func(x, y *Entry) int { return cmp.Compare(x.Order, y.Order) })
+	return out
 }
 
 // last is the last moment at which a stop can be served. What was agreed late, after

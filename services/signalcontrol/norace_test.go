@@ -1,0 +1,5 @@
+//go:build !race
+
+package signalcontrol
+
+const raceEnabled = false

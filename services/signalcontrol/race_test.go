@@ -1,0 +1,6 @@
+//go:build race
+
+package signalcontrol
+
+// The race detector makes signatures some ten times slower.
+const raceEnabled = true
