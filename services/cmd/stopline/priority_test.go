@@ -329,6 +329,16 @@ func TestACorridorIsWatchedToItsEnd(t *testing.T) {
 			t.Errorf("the interlock of %s has tripped", u.Status(time.Now()).Junction)
 		}
 	}
+	// Every command follows from the log alone, those for the request too.
+	tn.kill("the street")
+	if err := tn.settle(tn.units, make(chan struct{})); err != nil {
+		t.Fatal(err)
+	}
+	tn.kill("signal-control")
+	rep, err := replayDecisions(tn.district.Dir, recordedPolicy, recordedPolicy)
+	if err != nil || len(rep.Mismatches) > 0 || rep.Repeated == 0 {
+		t.Errorf("replayed: %+v, %v; want every command repeated", rep, err)
+	}
 }
 
 // proveChain wants one chain from the request to what the controllers showed, and

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/internal/district"
 	"github.com/stopline-traffic/stopline/services/internal/payload"
+	"github.com/stopline-traffic/stopline/services/internal/seglog"
 	"github.com/stopline-traffic/stopline/services/internal/wire"
 	"github.com/stopline-traffic/stopline/services/signalcontrol"
 )
@@ -98,14 +100,36 @@ const mostMismatches = 1000
 // decidedBlock is what the log has of one block.
 type decidedBlock struct {
 	height   ledger.Height
+	at       time.Time
 	frames   []*traffic.Frame
 	commands []*traffic.Command
 	changes  []signedChange
+	// records are all of them in order, for what they say of requests for priority.
+	records []signalcontrol.Record
 }
 
 type signedChange struct {
 	signer identity.KeyID
 	change identity.Change
+}
+
+// blockTimes reads when each block was decided.
+func blockTimes(dir string) (_ map[ledger.Height]time.Time, err error) {
+	log, err := seglog.OpenReader(filepath.Join(dir, "log/blocks"))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, log.Close()) }()
+	out := map[ledger.Height]time.Time{}
+	err = log.Scan(log.First(), func(i uint64, rec []byte) error {
+		d, err := ledger.ParseDecided(rec)
+		if err != nil {
+			return fmt.Errorf("block journal: record %d: %w", i, err)
+		}
+		out[d.Header.Height] = d.Header.Time
+		return nil
+	})
+	return out, err
 }
 
 // scanDecided calls f with each block of a data folder that has records, in order.
@@ -115,6 +139,10 @@ func scanDecided(dir string, gone *int, f func(*decidedBlock) error) (err error)
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
+	times, err := blockTimes(dir)
+	if err != nil {
+		return err
+	}
 	var b *decidedBlock
 	err = store.Scan(0, func(_ retention.Class, p *ledger.Payload) error {
 		if len(p.Envelope) == 0 {
@@ -127,9 +155,12 @@ func scanDecided(dir string, gone *int, f func(*decidedBlock) error) (err error)
 					return err
 				}
 			}
-			b = &decidedBlock{height: p.Height}
+			b = &decidedBlock{height: p.Height, at: times[p.Height]}
 		}
 		c := wire.Candidate(p.Envelope, p.Salt[:])
+		if c.Err == nil {
+			b.records = append(b.records, signalcontrol.Record{Index: p.Index, Candidate: &c})
+		}
 		switch {
 		case c.Err != nil:
 			return fmt.Errorf("record %d cannot be read: %w", p.Index, c.Err)
@@ -250,6 +281,7 @@ func replayDecisions(dir, policy, against string) (*policyReplay, error) {
 			// Nothing was decided on this block, but what its frames say of
 			// detectors counts.
 			for _, core := range []*signalcontrol.Core{cs.recorded, cs.a, cs.b} {
+				core.Agreed(reg, b.height, b.at, b.records)
 				core.Observe(b.height, b.frames, reg.Junction)
 			}
 		}
@@ -307,6 +339,7 @@ func (r *policyReplay) block(cs *cores, reg *identity.Registry, b *decidedBlock,
 	now := recorded[0].Issued // of all commands on a block
 	decide := func(c *signalcontrol.Core) map[traffic.JunctionID]traffic.Command {
 		out := map[traffic.JunctionID]traffic.Command{}
+		c.Agreed(reg, b.height, b.at, b.records)
 		commands, _ := c.Commands(now, b.height, b.frames, reg.Junction)
 		for _, x := range commands {
 			out[x.Junction] = x
