@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
 	"github.com/grpc-ecosystem/grpc-gateway/v2/utilities"
@@ -286,6 +287,11 @@ func (a *API) newREST() (http.Handler, error) {
 		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
 		h.Set("Referrer-Policy", "no-referrer")
 		q := r.URL.Query()
+		if !utf8.ValidString(r.URL.Path) { // no name that we have, and file servers are at odds with it
+			p := problem{Type: "about:blank", Title: http.StatusText(http.StatusBadRequest), Status: http.StatusBadRequest, Detail: "path: is no UTF-8"}
+			p.write(w)
+			return
+		}
 		out := &answer{ResponseWriter: w, path: r.URL.Path, sparse: q.Has("readMask") || q.Has("read_mask")}
 		limit := a.cfg.MaxBody
 		if r.URL.Path == verifyPath {

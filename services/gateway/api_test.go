@@ -45,7 +45,7 @@ import (
 // takes everything and says at once that it is agreed, and an audit that the test
 // writes.
 type apiWorld struct {
-	t   *testing.T
+	t   testing.TB
 	d   *district.District
 	bus *bus.Bus
 	g   *Gateway
@@ -70,7 +70,7 @@ type apiOptions struct {
 	quick bool
 }
 
-func newAPIWorld(t *testing.T, o apiOptions) *apiWorld {
+func newAPIWorld(t testing.TB, o apiOptions) *apiWorld {
 	t.Helper()
 	if testing.Short() && !o.quick {
 		t.Skip("starts NATS and an API; with -short only two do")
@@ -405,7 +405,7 @@ func TestProblems(t *testing.T) {
 		{"covert where it may not be", "GET", "/v1/states", "", w.who("operator-1", "operations", headerCovert, "1"), 403, "", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			defer func(was *testing.T) { w.t = was }(w.t)
+			defer func(was testing.TB) { w.t = was }(w.t)
 			w.t = t
 			p, res := w.problem(tc.status, tc.method, tc.path, tc.h, tc.body)
 			if tc.field != "" && (len(p.Errors) != 1 || p.Errors[0].Field != tc.field || p.Errors[0].Rule != tc.rule || p.Errors[0].Detail == "") {

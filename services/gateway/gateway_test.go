@@ -669,7 +669,7 @@ func TestLive(t *testing.T) {
 }
 
 // wait polls for what other goroutines do.
-func wait(t *testing.T, what string, cond func() bool) {
+func wait(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	for end := time.Now().Add(20 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {

@@ -243,7 +243,7 @@ func matrixKey(name string) ed25519.PrivateKey {
 	return ed25519.NewKeyFromSeed(seed)
 }
 
-func newMatrix(t *testing.T) *matrix {
+func newMatrix(t testing.TB) *matrix {
 	t.Helper()
 	m := &matrix{tokens: map[string]string{}, all: methods(t), outside: http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}}
 	t.Cleanup(m.outside.CloseIdleConnections)
