@@ -19,7 +19,9 @@ func offices(t testing.TB) *identity.Registry {
 	for _, typ := range []identity.EntryType{identity.TypeJunction, identity.TypeService, identity.TypeOfficial} {
 		g.Entries = append(g.Entries, r.Entries(typ)...)
 	}
-	add := func(typ identity.EntryType, id string, body any) { g.Entries = append(g.Entries, filed(t, typ, id, body)) }
+	add := func(typ identity.EntryType, id string, body any) {
+		g.Entries = append(g.Entries, filed(t, typ, id, body))
+	}
 	add(identity.TypeService, "gateway", identity.Service{Key: pub("gateway"), Signs: []identity.RecordKind{identity.KindAccess, identity.KindRequest, identity.KindOverride}})
 	add(identity.TypeAgency, "fire", identity.Agency{Name: "Fire brigade", Key: pub("fire")})
 	add(identity.TypeAgency, "bus", identity.Agency{Name: "Buses", Key: pub("bus")})
@@ -100,7 +102,9 @@ func TestAgencyRecords(t *testing.T) {
 		{"override, junction", "gateway", anOverride(func(o *traffic.Override) { o.Junction = "x" }), RuleJunction, "junction:"},
 		{"override, no plan", "gateway", anOverride(func(o *traffic.Override) { o.Action = traffic.OverridePlan }), RuleSchema, "plan:"},
 		{"override, what", "gateway", anOverride(func(o *traffic.Override) { o.Action = "dance" }), RuleSchema, "action:"},
-		{"release", "gateway", anOverride(func(o *traffic.Override) { o.Action, o.Releases, o.Expires = traffic.OverrideRelease, "o0", time.Time{} }), "", ""},
+		{"release", "gateway", anOverride(func(o *traffic.Override) {
+			o.Action, o.Releases, o.Expires = traffic.OverrideRelease, "o0", time.Time{}
+		}), "", ""},
 		{"release of nothing", "gateway", anOverride(func(o *traffic.Override) { o.Action = traffic.OverrideRelease }), RuleSchema, "releases:"},
 		{"override by an agency", "fire", anOverride(nil), RuleMaySign, "kind:"},
 
