@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -287,8 +288,8 @@ func (a *API) newREST() (http.Handler, error) {
 		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
 		h.Set("Referrer-Policy", "no-referrer")
 		q := r.URL.Query()
-		if !utf8.ValidString(r.URL.Path) { // no name that we have, and file servers are at odds with it
-			p := problem{Type: "about:blank", Title: http.StatusText(http.StatusBadRequest), Status: http.StatusBadRequest, Detail: "path: is no UTF-8"}
+		if !legible(r.URL.Path, q) {
+			p := problem{Type: "about:blank", Title: http.StatusText(http.StatusBadRequest), Status: http.StatusBadRequest, Detail: "path and query: must be UTF-8"}
 			p.write(w)
 			return
 		}
@@ -312,6 +313,20 @@ func (a *API) newREST() (http.Handler, error) {
 		}
 		outer.ServeHTTP(out, r.WithContext(context.WithValue(r.Context(), answerKey{}, out)))
 	}), nil
+}
+
+// legible reports whether a path and a query are UTF-8, as all text of the API is:
+// neither messages nor files can have other names.
+func legible(path string, q url.Values) bool {
+	if !utf8.ValidString(path) {
+		return false
+	}
+	for k, vs := range q {
+		if !utf8.ValidString(k) || slices.ContainsFunc(vs, func(v string) bool { return !utf8.ValidString(v) }) {
+			return false
+		}
+	}
+	return true
 }
 
 func tooLarge(w http.ResponseWriter, r *http.Request, limit int64) {
