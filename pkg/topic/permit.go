@@ -158,7 +158,7 @@ func ServicePermissions(d traffic.DistrictID, service string) (Permissions, erro
 		p.api("STREAM.NAMES")
 		p.reader(QuarantineStream)
 		p.acknowledge(QuarantineStream, "*")
-		p.publish(Access(d, GatewayUser), sub(d, "ask", "*", "*"))
+		p.publish(Access(d, GatewayUser), sub(d, "ask", "*", "*"), Dead(d, GatewayUser))
 		for _, k := range []string{"access", "request", "override", "registry", "redaction"} {
 			p.publish(sub(d, "in", k, GatewayUser))
 		}

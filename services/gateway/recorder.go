@@ -345,18 +345,101 @@ func (r *Recorder) store(ctx context.Context, recs []*recording) error {
 	return nil
 }
 
-// forward brings to ingest what is durable, in its order.
+// forward brings to ingest what is durable, in its order: a record that comes
+// after a later one is refused for ever. So it begins after the last message up to
+// which ingest has everything, whatever was handed out to an earlier run, and
+// begins there again when one is missing.
 func (r *Recorder) forward(ctx context.Context, sender *bus.Sender) error {
-	c := bus.Consumer{District: r.cfg.District, Stream: topic.AccessStream, Durable: topic.Token(r.cfg.Name), Filter: topic.Access(r.cfg.District, r.cfg.Name),
-		Batch: 16, InOrder: true, AckWait: time.Minute}
-	return r.cfg.Bus.Consume(ctx, c, func(ctx context.Context, msgs []*bus.Msg) error {
-		for _, m := range msgs {
-			if err := r.hand(ctx, sender, m); err != nil {
-				return err
+	for ctx.Err() == nil {
+		if err := r.rewind(ctx); err != nil {
+			if ctx.Err() == nil {
+				r.log.Warn("gateway: cannot go back in the stream of readings yet", "err", err)
 			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(500 * time.Millisecond):
+			}
+			continue
+		}
+		if err := r.forwardOn(ctx, sender); err != nil && ctx.Err() == nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rewind has the consumer begin after what is acknowledged.
+func (r *Recorder) rewind(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	name := topic.Token(r.cfg.Name)
+	// Asked first: the server does not answer a reset of a consumer that is not
+	// there.
+	_, err := r.cfg.Bus.JS.Consumer(ctx, topic.AccessStream, name)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		return nil // the first start makes it
+	}
+	if err == nil {
+		_, err = r.cfg.Bus.JS.ResetConsumer(ctx, topic.AccessStream, name)
+	}
+	return err
+}
+
+// forwardOn forwards until ctx ends or a message is missing.
+func (r *Recorder) forwardOn(ctx context.Context, sender *bus.Sender) error {
+	ctx, again := context.WithCancel(ctx)
+	defer again()
+	last := uint64(0) // newest that was handed on
+	c := bus.Consumer{District: r.cfg.District, Stream: topic.AccessStream, Durable: topic.Token(r.cfg.Name), Filter: topic.Access(r.cfg.District, r.cfg.Name),
+		Batch: 16, AckWait: time.Minute, Manual: true}
+	return r.cfg.Bus.Consume(ctx, c, func(work context.Context, msgs []*bus.Msg) error {
+		for _, m := range msgs {
+			if ctx.Err() != nil {
+				return nil // it comes again
+			}
+			if r.skipped(ctx, last, m.Seq) {
+				r.log.Warn("gateway: a message of readings is missing; going back", "after", last, "got", m.Seq)
+				again()
+				return nil
+			}
+			err := r.hand(ctx, sender, m)
+			switch {
+			case kind.Of(err) == kind.Invalid && err != nil:
+				m.Fail(err)
+			case err != nil:
+				if ctx.Err() == nil {
+					r.log.Warn("gateway: readings are not with ingest yet; going back", "seq", m.Seq, "err", err)
+					select { // ingest says that it is busy
+					case <-ctx.Done():
+					case <-time.After(200 * time.Millisecond):
+					}
+				}
+				again()
+				return nil
+			default:
+				if err := m.Ack(); err != nil {
+					again()
+					return nil
+				}
+			}
+			last = m.Seq
 		}
 		return nil
 	})
+}
+
+// skipped reports whether a message of this gateway lies between two.
+func (r *Recorder) skipped(ctx context.Context, last, got uint64) bool {
+	if last == 0 || got <= last+1 {
+		return false
+	}
+	// Other gateways' messages may lie between.
+	s, err := r.cfg.Bus.JS.Stream(ctx, topic.AccessStream)
+	if err != nil {
+		return true
+	}
+	m, err := s.GetMsg(ctx, last+1, jetstream.WithGetMsgSubject(topic.Access(r.cfg.District, r.cfg.Name)))
+	return err != nil || m.Sequence < got
 }
 
 // hand gives one message's records to ingest and waits for their receipts.

@@ -184,6 +184,11 @@ func TestPromisesOutliveTheirProcess(t *testing.T) {
 	go func() { done <- r.Run(ctx) }()
 	<-r.Ready()
 	promised := record(t, r, 20)
+	// They have been handed out, and nobody has acknowledged them.
+	wait(t, "the forwarder has them in hand", func() bool {
+		c, err := b.JS.Consumer(t.Context(), topic.AccessStream, "gateway")
+		return err == nil && c.CachedInfo().NumAckPending > 0 && c.CachedInfo().NumPending == 0
+	})
 	first := r.epoch
 	cancel() // as a crash would: nothing is flushed
 	if err := <-done; err != nil {
@@ -210,7 +215,9 @@ func TestPromisesOutliveTheirProcess(t *testing.T) {
 		t.Errorf("epoch %d after %d, want it to rise", next.epoch, first)
 	}
 	promised = append(promised, record(t, next, 5)...)
-	next.Flush(t.Context())
+	flush, done2 := context.WithTimeout(t.Context(), 20*time.Second)
+	defer done2()
+	next.Flush(flush)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for i, h := range promised {
