@@ -434,7 +434,8 @@ func (s *Service) judge(ctx context.Context, items []item) (accepted []item, ref
 		if v.Gap > 0 {
 			n.Gaps++
 			n.Missing = saturate(n.Missing, v.Gap)
-			s.log.Debug("frames are missing", "device", c.Frame.Device, "seq", c.Frame.Seq, "missing", v.Gap)
+			// Not of frames only: imports and agencies' records are numbered too.
+			s.log.Debug("records are missing", "kind", c.Envelope.Kind, "signer", c.Envelope.Key, "seq", it.seq, "missing", v.Gap)
 		}
 		accepted = append(accepted, it)
 	}
