@@ -39,6 +39,9 @@ check: ## format, vet, lint, module and generated-code checks
 gen: ## regenerate api/ from the .proto files
 	cd api && ./third_party.sh && GOWORK=off go tool -modfile=buf.mod buf lint && GOWORK=off go tool -modfile=buf.mod buf generate
 
+breaking: ## is the API understood by clients of before, and the other way round? STOPLINE_API_BASE names a commit
+	cd api && ./third_party.sh && ./breaking.sh
+
 bench: build ## run the benchmarks, the demo and the fixed controller; compare figures of one run only
 	go test -run '^$$' -bench . -benchtime 1s ./pkg/... ./services/...
 	@echo "== demo at its natural rate"; bin/stopline demo --for 20s --json
