@@ -9,9 +9,15 @@ import (
 
 // Settings of the adaptive controller. One set serves every network.
 const (
-	accelCMSS   = 260 // cm/s²
-	stuckMS     = 3_000
-	stuckMost   = 50_000
+	accelCMSS = 260 // cm/s²
+	stuckMS   = 3_000
+	stuckMost = 50_000
+	// A queue weighs more from where it fills so much of its lane, in thousandths,
+	// and by so much more when it fills it all; a lane shorter than crowdedCM goes
+	// on into others.
+	crowdedFrom = 500
+	crowdedMost = 2_000
+	crowdedCM   = 12_000
 	expectUnit  = 300    // weight of a vehicle that usually comes
 	farReachCM  = 15_000 // who sees so far need not guess
 	expectFrom  = 60     // an hour: less is nobody
@@ -141,6 +147,7 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 		if lane.from != "" && slices.Contains(v.Corridor, lane.from) && slices.Contains(v.Corridor, md.junction.ID) {
 			p.hlt[l] = waveStopMS
 		}
+		p.crowd(l)
 		p.priority(v, l)
 		p.seeInflow(m, v, l)
 		p.expect(m, l)
@@ -168,6 +175,30 @@ func (p *scratch) see(m *Memory, v View, dt int64) {
 			}
 			p.cap[e] = max(p.cap[e]-int32(min(max(mv.InBox, 0), 1000))*unit, 0)
 		}
+	}
+}
+
+// crowd makes a queue weigh more as it comes to fill its lane: what stands
+// beyond it stands in somebody else's way. Only between signals: at the edge of
+// the network nobody is known to be behind.
+func (p *scratch) crowd(l int) {
+	lane := &p.m.lanes[l]
+	if lane.from == "" {
+		return
+	}
+	var standing int32
+	for i := p.beg[l]; i < int32(len(p.arr)); i++ {
+		if !p.run[i] {
+			standing++
+		}
+	}
+	fill := min(standing*queueSpaceCM*1000/max(lane.length, crowdedCM), 1000) // thousandths
+	if fill <= crowdedFrom {
+		return
+	}
+	more := (fill - crowdedFrom) * crowdedMost / (1000 - crowdedFrom)
+	for i := p.beg[l]; i < int32(len(p.arr)); i++ {
+		p.w[i] += p.w[i] / 1000 * more
 	}
 }
 
@@ -253,7 +284,7 @@ func (p *scratch) seeInflow(m *Memory, v View, l int) {
 func (p *scratch) expect(m *Memory, l int) {
 	lane := &p.m.lanes[l]
 	rate := int32(min(m.Lanes[l].Rate, 2_000))
-	if rate < expectFrom || lane.reach >= farReachCM {
+	if rate < expectFrom || lane.reach >= farReachCM || lane.from != "" {
 		return
 	}
 	at := int32(int64(lane.reach) * 1000 / int64(lane.speed))

@@ -67,7 +67,7 @@ const (
 // Settings of the model. One set serves every network.
 const (
 	headwayMS      = 1850 // between vehicles that leave a queue at a protected green
-	headwayPercent = 60
+	headwayPercent = 70
 	leastHeadwayMS = 1000 // no queue is faster than that
 	giveHeadwayMS  = 2800 // and at a permissive one
 )

@@ -39,7 +39,6 @@ type scratch struct {
 	states []state
 	cand   []int32 // by lane, in serve
 	active []int16
-	blockd []bool
 
 	best   int64
 	first  int // stage of the best plan that switches now, or the shown one
