@@ -2,7 +2,6 @@ package gateway
 
 import (
 	"context"
-	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -417,7 +416,7 @@ func (p *registryPart) SubmitProposal(ctx context.Context, r *pb.SubmitProposalR
 		return nil, invalidField("envelope", "kind", fmt.Sprintf("is of kind %.32q, must be registry or redaction", string(e.Kind)))
 	}
 	h, ok := p.a.registry().Holder(e.Key)
-	if !ok || h.Status != identity.Active || !h.May(e.Kind) || !e.Verify(ed25519.PublicKey(h.Key)) {
+	if !ok || h.Status != identity.Active || !h.May(e.Kind) || !e.Verify(h.Key) {
 		return nil, invalidField("envelope", "signature", "is not signed by an official in force")
 	}
 	c, err := wire.DecodeChange(e.ContentType, e.Payload)

@@ -321,11 +321,11 @@ func (w *apiWorld) receiptOf(text string) ledger.Hash {
 	}
 	p := Promise{Commitment: ledger.Hash(r.Commitment), At: time.Unix(0, r.TimeUnixNano)}
 	h, ok := w.api.registry().Holder(identity.KeyID(r.KeyId))
-	if !ok || h.ID != district.GatewayKey || !ed25519.Verify(ed25519.PublicKey(h.Key), ReceiptInput("harbour", p), r.Signature) {
+	if !ok || h.ID != district.GatewayKey || !ed25519.Verify(h.Key, ReceiptInput("harbour", p), r.Signature) {
 		w.t.Fatalf("receipt %v: is not signed by the gateway's key in the registry", &r)
 	}
 	p.At = p.At.Add(1)
-	if ed25519.Verify(ed25519.PublicKey(h.Key), ReceiptInput("harbour", p), r.Signature) {
+	if ed25519.Verify(h.Key, ReceiptInput("harbour", p), r.Signature) {
 		w.t.Fatal("the receipt's signature does not cover its time")
 	}
 	return p.Commitment

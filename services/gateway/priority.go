@@ -57,7 +57,6 @@ type priorityPart struct {
 	alone     map[string]*aloneRequest
 	overrides map[string]*override
 	changed   chan struct{} // closed and replaced at each change
-	sealed    uint64
 }
 
 type heldRecord struct {

@@ -125,7 +125,7 @@ func TestOnboard(t *testing.T) {
 		}
 		return o, strings.TrimSpace(string(token)), key
 	}
-	o, token, key := load()
+	o, _, key := load()
 	dev := &device{district: d.district.Genesis.District, id: o.Device, junction: d.junction(o.Junction), key: key, boot: 1}
 	var receipts []receipt
 	receipts = append(receipts, d.store("/v1/frames", dev.next()), d.store("/v1/frames", dev.next()))
@@ -137,6 +137,7 @@ func TestOnboard(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "probe", nextKeyFile)); !os.IsNotExist(err) {
 		t.Errorf("the next key is there still: %v", err)
 	}
+	var token string
 	o, token, dev.key = load()
 	if dev.key.Equal(key) || o.KeyID == identity.IDOf(key.Public().(ed25519.PublicKey)) {
 		t.Fatal("the key is the same")

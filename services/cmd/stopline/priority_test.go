@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -26,6 +27,9 @@ import (
 	"github.com/stopline-traffic/stopline/pkg/topic"
 	"github.com/stopline-traffic/stopline/pkg/traffic"
 	"github.com/stopline-traffic/stopline/services/consensus"
+	"github.com/stopline-traffic/stopline/services/gateway"
+	"github.com/stopline-traffic/stopline/services/internal/agreed"
+	"github.com/stopline-traffic/stopline/services/internal/decided"
 	"github.com/stopline-traffic/stopline/services/internal/district"
 	"github.com/stopline-traffic/stopline/services/internal/sim"
 	"github.com/stopline-traffic/stopline/services/roadside"
@@ -162,6 +166,36 @@ func (tn *town) validator(n uint64) {
 	tn.start(fmt.Sprintf("validator %d", n), v.Run)
 }
 
+// newGateway ends the gateway and starts another one on what it left.
+func (tn *town) newGateway() {
+	tn.t.Helper()
+	tn.kill("gateway")
+	b, err := tn.connect("gateway")
+	if err != nil {
+		tn.t.Fatal(err)
+	}
+	state, err := agreed.Open(filepath.Join(tn.district.Dir, "gateway.place"), &tn.district.Genesis)
+	if err != nil {
+		tn.t.Fatal(err)
+	}
+	api, err := tn.apiConfig(apiOptions{listen: "127.0.0.1:0"})
+	if err != nil {
+		tn.t.Fatal(err)
+	}
+	tn.gateway, err = gateway.New(gateway.Config{Bus: b, District: tn.district.Genesis.District, State: state, Logger: tn.log, API: api,
+		Follow: decided.Config{Bus: b, District: tn.district.Genesis.District, GenesisHash: tn.district.GenesisHash, Validators: state.Registry().Validators(), Logger: tn.log}})
+	if err != nil {
+		tn.t.Fatal(err)
+	}
+	tn.start("gateway", tn.gateway.Run)
+	if err := tn.conn.Close(); err != nil {
+		tn.t.Fatal(err)
+	}
+	if tn.conn, err = grpc.NewClient(tn.gateway.API().Addr(), grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
+		tn.t.Fatal(err)
+	}
+}
+
 func (tn *town) wait(what string, most time.Duration, f func() bool) {
 	tn.t.Helper()
 	for end := time.Now().Add(most); !f(); time.Sleep(20 * time.Millisecond) {
@@ -231,7 +265,7 @@ func (tn *town) watched(ctx context.Context, id string) (states []string, last *
 	}
 	for {
 		m, err := w.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return states, last
 		}
 		if err != nil {
@@ -328,6 +362,14 @@ func TestACorridorIsWatchedToItsEnd(t *testing.T) {
 		if c := u.Counters(); c.Trips > 0 {
 			t.Errorf("the interlock of %s has tripped", u.Status(time.Now()).Junction)
 		}
+	}
+	tn.newGateway()
+	tn.wait("request after the gateway's restart", 20*time.Second, func() bool {
+		g, err := tn.api().GetPriority(ctx, &pb.GetPriorityRequest{Id: id})
+		return err == nil && g.Priority.State == pb.PriorityState_PRIORITY_STATE_COMPLETED
+	})
+	if again, err = tn.api().RequestPriority(ctx, ask); err != nil || again.Priority.Request.Id != id || again.Priority.State != pb.PriorityState_PRIORITY_STATE_COMPLETED {
+		t.Errorf("the same key after a restart: %v, %v; want request %s, completed", again, err, id)
 	}
 	// Every command follows from the log alone, those for the request too.
 	tn.kill("the street")

@@ -41,7 +41,7 @@ function show(v) {
   fill("junctions", js.map((j) => {
     let link = el("span", "not yet");
     if (j.evidence) { link = el("a", "bundle " + j.evidence); link.href = "/v1/evidence/" + j.evidence; }
-    const why = el("span", j.rule || "–"), tr = row([j.name || j.id, j.stage || "changing", lamps(j), el("span", j.signal.mode || "–", "mode " + (j.signal.mode || "")), j.vehicles, j.halted, why, link]);
+    const why = el("span", j.signal.override ? "override " + j.signal.override : j.rule || "–"), tr = row([j.name || j.id, j.stage || "changing", lamps(j), el("span", j.signal.mode || "–", "mode " + (j.signal.mode || "")), j.vehicles, j.halted, why, link]);
     tr.children[6].className = "wrap";
     return tr;
   }));
