@@ -321,7 +321,7 @@ func newMeasure(j *traffic.Junction, from, to time.Time, bin time.Duration) *mea
 
 func (m *measure) add(f *traffic.Frame) {
 	i := int(f.Time.Sub(m.from) / m.bin)
-	if i < 0 || i >= len(m.bins) {
+	if f.Time.Before(m.from) || i >= len(m.bins) {
 		return
 	}
 	b := &m.bins[i]
