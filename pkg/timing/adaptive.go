@@ -110,10 +110,10 @@ func (p *scratch) announce(m *Memory, v View, stage, next int, leave int32) {
 	case at != stage:
 		t = p.transit(s, 0, at, stage)
 	case next >= 0 && next != at && leave < outflowMS:
-		p.serve(s, p.m.row(at), 0, leave, -1)
+		p.serve(s, at, 0, leave, -1)
 		t, stage = p.transit(s, leave, at, next), next
 	}
-	p.serve(s, p.m.row(stage), t, outflowMS, -1)
+	p.serve(s, stage, t, outflowMS, -1)
 	p.sent = nil
 	for i := range m.Sent {
 		slices.Sort(m.Sent[i].Planned)

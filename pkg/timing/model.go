@@ -22,12 +22,13 @@ type model struct {
 	exitIDs  []traffic.LaneID
 	exitMove []int
 	stages   []stageModel
-	rows     []byte  // of all stages, then of all changes; see row
-	change   []int32 // from*stages+to: ms from the end of the first's green to the second's
-	held     []int32 // from*stages+to: for how long of that vehicles still go, ms
-	common   []bool  // from*stages+to: some movement is green through the change
-	start    []int32 // how long from now the shown stage may stay before it ends, on the grid
-	grid     int32   // ms, decisions fall on its multiples
+	rows     []byte    // of all stages, then of all changes; see row
+	rowLanes [][]int16 // by row: lanes of which it lets anybody go
+	change   []int32   // from*stages+to: ms from the end of the first's green to the second's
+	held     []int32   // from*stages+to: for how long of that vehicles still go, ms
+	common   []bool    // from*stages+to: some movement is green through the change
+	start    []int32   // how long from now the shown stage may stay before it ends, on the grid
+	grid     int32     // ms, decisions fall on its multiples
 }
 
 type laneModel struct {
@@ -171,6 +172,15 @@ func modelOf(j *traffic.Junction, r Rules) *model {
 			}
 		}
 	}
+	m.rowLanes = make([][]int16, len(m.rows)/max(len(m.moves), 1))
+	for r := range m.rowLanes {
+		row := m.row(r)
+		for l := range m.lanes {
+			if slices.ContainsFunc(m.lanes[l].moves, func(k int16) bool { return row[k] != stop }) {
+				m.rowLanes[r] = append(m.rowLanes[r], int16(l))
+			}
+		}
+	}
 	for a := range n {
 		least := int32(math.MaxInt32)
 		for b := range n {
@@ -211,20 +221,16 @@ func aspectByte(a traffic.Aspect) byte {
 	return stop
 }
 
-// row is what each movement may do in stage k.
-func (m *model) row(k int) []byte { return m.rows[k*len(m.moves) : (k+1)*len(m.moves)] }
+// row is what each movement may do in row r; rows are numbered, that of a stage by
+// the stage.
+func (m *model) row(r int) []byte { return m.rows[r*len(m.moves) : (r+1)*len(m.moves)] }
 
-// between are the rows of a change: the first second, and the rest.
-func (m *model) between(a, b int) (first, rest []byte) {
-	n, w := len(m.stages), len(m.moves)
-	at := (n + 3*(a*n+b) + 1) * w
-	return m.rows[at : at+w], m.rows[at+w : at+2*w]
-}
-
-// keeps is what each movement may do in a change before its yellow.
-func (m *model) keeps(a, b int) []byte {
-	at := (len(m.stages) + 3*(a*len(m.stages)+b)) * len(m.moves)
-	return m.rows[at : at+len(m.moves)]
+// between are the rows of a change: before its yellow, in the first second of it,
+// and for the rest.
+func (m *model) between(a, b int) (keeps, first, rest int) {
+	n := len(m.stages)
+	r := n + 3*(a*n+b)
+	return r, r + 1, r + 2
 }
 
 // heldMS is for how long after the beginning of a change vehicles stay green,

@@ -60,6 +60,7 @@ type scratch struct {
 }
 
 type state struct {
+	all  []int32 // what the slices below are parts of, so that it is copied at once
 	head []int32
 	nf   []int32
 	used []int32 // by exit
@@ -68,11 +69,19 @@ type state struct {
 }
 
 func (s *state) copyFrom(o *state) {
-	copy(s.head, o.head)
-	copy(s.nf, o.nf)
-	copy(s.used, o.used)
-	copy(s.last, o.last)
+	copy(s.all, o.all)
 	s.cost = o.cost
+}
+
+func (s *state) fit(lanes, exits, moves int) {
+	s.all = grow(s.all, 2*lanes+exits+moves)
+	rest := s.all
+	part := func(n int) []int32 {
+		p := rest[:n:n]
+		rest = rest[n:]
+		return p
+	}
+	s.head, s.nf, s.used, s.last = part(lanes), part(lanes), part(exits), part(moves)
 }
 
 var scratches = sync.Pool{New: func() any { return new(scratch) }}
@@ -96,9 +105,7 @@ func (p *scratch) begin(m *model) {
 	p.leave = grow(p.leave, len(m.stages))
 	p.states = grow(p.states, chain+4)
 	for i := range p.states {
-		s := &p.states[i]
-		s.head, s.nf = grow(s.head, n), grow(s.nf, n)
-		s.used, s.last = grow(s.used, m.exits), grow(s.last, len(m.moves))
+		p.states[i].fit(n, m.exits, len(m.moves))
 	}
 	p.given = grow(p.given, len(m.moves))
 	clear(p.given)
@@ -124,11 +131,10 @@ func (p *scratch) search(cur int) {
 	p.margin, p.at, p.leaves, p.first = hysteresis, 0, 0, cur
 	s := &p.states[0]
 	p.initial(s)
-	row := p.m.row(cur)
 
 	t := &p.states[1]
 	t.copyFrom(s)
-	p.serve(t, row, 0, planMS, -1)
+	p.serve(t, cur, 0, planMS, -1)
 	p.leaf(t, cur, true)
 
 	// Until it has served who is there: often the best, and so a good measure for
@@ -140,7 +146,7 @@ func (p *scratch) search(cur int) {
 	for _, d := range p.m.start {
 		p.at = d
 		if d > at {
-			p.serve(s, row, at, d, -1)
+			p.serve(s, cur, at, d, -1)
 			at = d
 		}
 		if p.bound(s, at, nil, 0) >= p.best+p.margin {
@@ -168,7 +174,7 @@ func (p *scratch) initial(s *state) {
 // useful reports whether the stage lets the head of any lane go.
 func (p *scratch) useful(s *state, k int) bool {
 	row := p.m.row(k)
-	for l := range p.m.lanes {
+	for _, l := range p.m.rowLanes[k] {
 		if s.head[l] < p.end[l] && row[p.mv[s.head[l]]] != stop {
 			return true
 		}
@@ -190,13 +196,12 @@ func (p *scratch) done(s *state) bool {
 func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool) {
 	p.nodes++
 	s := &p.states[at]
-	row := p.m.row(k)
 	least := p.m.stages[k].minGreen
 	for turn := 0; ; turn++ {
-		t = p.serve(s, row, t, planMS, least)
+		t = p.serve(s, k, t, planMS, least)
 		if t >= planMS || depth <= 0 || p.done(s) || turn > waves || p.nodes > nodesMost {
 			if t < planMS {
-				p.serve(s, row, t, planMS, -1)
+				p.serve(s, k, t, planMS, -1)
 			}
 			p.leaf(s, first, stays)
 			return
@@ -214,7 +219,7 @@ func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool) {
 			p.branch(s, at+1, t, k, b, depth-1, first, stays)
 		}
 		// Until the next one comes for whom the stage is green.
-		next := p.next(s, row, t)
+		next := p.next(s, k, t)
 		if next >= planMS {
 			p.leaf(s, first, stays)
 			return
@@ -223,10 +228,10 @@ func (p *scratch) run1(at int, t int32, k, depth, first int, stays bool) {
 	}
 }
 
-// next is when somebody may go under the row, at t at the earliest.
-func (p *scratch) next(s *state, row []byte, t int32) int32 {
-	next := int32(planMS)
-	for l := range p.m.lanes {
+// next is when somebody may go in stage k, at t at the earliest.
+func (p *scratch) next(s *state, k int, t int32) int32 {
+	next, row := int32(planMS), p.m.row(k)
+	for _, l := range p.m.rowLanes[k] {
 		i := s.head[l]
 		if i >= p.end[l] || row[p.mv[i]] == stop {
 			continue
@@ -319,15 +324,16 @@ func (p *scratch) transit(s *state, t int32, a, b int) int32 {
 	d := m.change[a*n+b]
 	from, to := m.row(a), m.row(b)
 	if d > 0 {
-		first, rest := m.between(a, b)
+		keeps, first, last := m.between(a, b)
+		rest := m.row(last)
 		// Where pedestrians need longest to clear, vehicles go on meanwhile.
 		if h := min(m.held[a*n+b], d); h > 0 {
-			p.serve(s, m.keeps(a, b), t, t+h, -1)
+			p.serve(s, keeps, t, t+h, -1)
 			t, d = t+h, d-h
 		}
 		// Of those who give way, the first of each lane stands in the junction
 		// already and leaves it with the yellow.
-		for l := range m.lanes {
+		for _, l := range m.rowLanes[a] {
 			i := s.head[l]
 			if i >= p.end[l] || s.nf[l] > t+1000 || p.arr[i] >= t {
 				continue
@@ -346,11 +352,11 @@ func (p *scratch) transit(s *state, t int32, a, b int) int32 {
 		mid := min(t+yellowMS, t+d)
 		p.serve(s, first, t, mid, -1)
 		if m.common[a*n+b] {
-			p.serve(s, rest, mid, t+d, -1)
+			p.serve(s, last, mid, t+d, -1)
 		}
 		t += d
 	}
-	for l := range m.lanes {
+	for _, l := range m.rowLanes[b] {
 		i := s.head[l]
 		if i >= p.end[l] || m.lanes[l].walk {
 			continue
@@ -384,10 +390,10 @@ func (p *scratch) room(s *state, k int16, t int32) int32 {
 // negative, it ends early: when the stage has had that and there is nobody to serve for
 // a while, and returns the moment, on the grid of decisions, right after the last
 // one who was served.
-func (p *scratch) serve(s *state, row []byte, t, until, minGreen int32) int32 {
-	m, early := p.m, minGreen >= 0
+func (p *scratch) serve(s *state, r int, t, until, minGreen int32) int32 {
+	m, early, row := p.m, minGreen >= 0, p.m.row(r)
 	active := p.active[:0]
-	for l := range m.lanes {
+	for _, l := range m.rowLanes[r] {
 		i := s.head[l]
 		if i >= p.end[l] {
 			continue
@@ -398,7 +404,7 @@ func (p *scratch) serve(s *state, row []byte, t, until, minGreen int32) int32 {
 		}
 		p.cand[l] = p.room(s, k, max(s.nf[l], p.arr[i], t))
 		if p.cand[l] < until {
-			active = append(active, int16(l))
+			active = append(active, l)
 		}
 	}
 	end := until

@@ -317,6 +317,9 @@ func define(g grid, i int) *traffic.Junction {
 		}
 		lane := traffic.Lane{ID: exitLaneID(id, a), LengthCM: length / 10, SpeedCMS: speedOf(a) / 10,
 			Capacity: int(length / spacingMM), From: id, To: to}
+		if to != "" {
+			lane.AheadCM = lane.LengthCM + stopLaneMM/10
+		}
 		j.Lanes = append(j.Lanes, lane)
 		var moves []int
 		for m, mv := range j.Movements {
