@@ -363,6 +363,11 @@ func TestACorridorIsWatchedToItsEnd(t *testing.T) {
 			t.Errorf("the interlock of %s has tripped", u.Status(time.Now()).Junction)
 		}
 	}
+	// Every command follows from the log alone, those for the request too.
+	tn.kill("the street")
+	if err := tn.settle(tn.units, make(chan struct{})); err != nil {
+		t.Fatal(err)
+	}
 	tn.newGateway()
 	tn.wait("request after the gateway's restart", 20*time.Second, func() bool {
 		g, err := tn.api().GetPriority(ctx, &pb.GetPriorityRequest{Id: id})
@@ -370,11 +375,6 @@ func TestACorridorIsWatchedToItsEnd(t *testing.T) {
 	})
 	if again, err = tn.api().RequestPriority(ctx, ask); err != nil || again.Priority.Request.Id != id || again.Priority.State != pb.PriorityState_PRIORITY_STATE_COMPLETED {
 		t.Errorf("the same key after a restart: %v, %v; want request %s, completed", again, err, id)
-	}
-	// Every command follows from the log alone, those for the request too.
-	tn.kill("the street")
-	if err := tn.settle(tn.units, make(chan struct{})); err != nil {
-		t.Fatal(err)
 	}
 	tn.kill("signal-control")
 	rep, err := replayDecisions(tn.district.Dir, recordedPolicy, recordedPolicy)
