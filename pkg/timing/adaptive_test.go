@@ -398,3 +398,56 @@ func BenchmarkAdaptive(b *testing.B) {
 		})
 	}
 }
+
+// What the street has, the planner takes: a signal with one stage, one for walkers
+// only, lanes of no length, groups that hold nothing.
+func TestAdaptiveAtOddJunctions(t *testing.T) {
+	plan := traffic.Plan{Steps: []traffic.PlanStep{{Stage: 0, DurationMS: 20_000, IntergreenMS: 3000}}}
+	timings := traffic.Timing{MinGreenMS: 5000, YellowMS: 3000}
+	single := &traffic.Junction{ID: "single", Groups: []traffic.Group{{Kind: traffic.Vehicles}, {Kind: traffic.Vehicles}}, Conflicts: [][]int{nil, nil},
+		Lanes:     []traffic.Lane{{ID: "in"}, {ID: "out", LengthCM: 10}},
+		Movements: []traffic.Movement{{From: "in", To: "out", Group: 0}},
+		Detectors: []traffic.Detector{{ID: "o", Kind: traffic.Oracle, Lane: "in", Movements: []int{0}, Group: -1}},
+		Stages:    []traffic.Stage{{State: "Gr"}}, Timing: timings, Plan: plan}
+	walkers := &traffic.Junction{ID: "walkers", Groups: []traffic.Group{{Kind: traffic.Pedestrians, PedClearMS: 5000}, {Kind: traffic.Pedestrians}}, Conflicts: [][]int{{1}, {0}},
+		Stages: []traffic.Stage{{State: "Gr"}, {State: "rG"}}, Timing: timings, Plan: plan}
+	blind := street50()
+	blind.Detectors = nil
+	loop := street50() // a lane that leads back into itself
+	loop.Lanes[0].From, loop.Lanes[0].To, loop.Lanes[0].AheadCM = loop.ID, loop.ID, 5000
+	for _, j := range []*traffic.Junction{single, walkers, blind, loop} {
+		if err := j.Check(); err != nil {
+			t.Fatal(err)
+		}
+		c := named(t, "adaptive")
+		for _, name := range []string{"free", "resco", "deployable", "field"} {
+			r := rules(t, name)
+			own := r.Apply(j)
+			s := timing.NewSequencer(own, r, epoch)
+			var m timing.Memory
+			green := map[int]bool{}
+			for sec := range 400 {
+				now := epoch.Add(time.Duration(sec) * time.Second)
+				f := &traffic.Frame{Time: now, Interval: time.Second, Signal: s.Signal(now)}
+				for _, d := range own.Detectors {
+					f.Readings = append(f.Readings, traffic.Reading{Detector: d.ID, Vehicles: 2, Halted: 2, Ahead: queue(2)})
+				}
+				var d timing.Decision
+				m, d = c.Next(own, r, m, timing.Observe(own, f))
+				if err := s.Target(d.Stage); err != nil {
+					t.Fatalf("%s, %s: %v", j.ID, name, err)
+				}
+				st := s.Next(now)
+				for g := range own.Groups {
+					green[g] = green[g] || st.At(g).Go()
+				}
+				timing.Announce(own, m)
+			}
+			for g := range own.Groups {
+				if !green[g] && (j != single || g == 0) && j != loop {
+					t.Errorf("%s, %s: group %d was never green in 400 s", j.ID, name, g)
+				}
+			}
+		}
+	}
+}

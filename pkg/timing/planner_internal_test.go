@@ -29,7 +29,7 @@ func readyToSearch(tb testing.TB) *scratch {
 	for l := range p.m.lanes {
 		p.beg[l] = int32(len(p.arr))
 		for i := range 8 {
-			p.add(arrival(int32(100+(750+400*int32(l))*int32(i)), 0, 1389), unit, int16(l), i > 4)
+			p.add(arrival(int32(100+(750+400*l)*i), 0, 1389), unit, int16(l), i > 4)
 		}
 		p.end[l] = int32(len(p.arr))
 	}
