@@ -31,10 +31,11 @@ kills: ## kill -9 validators 200 times under load; STOPLINE_SEED repeats a run
 	STOPLINE_REQUIRE_TIMES=1 STOPLINE_KILLS=$${STOPLINE_KILLS:-200} go test -count 1 -timeout 20m -v -run 'TestValidatorsSurviveKills' ./services/cmd/stopline
 
 check: ## format, vet, lint, module and generated-code checks
-	@test -z "$$(gofmt -l api pkg services)" || { gofmt -l api pkg services; echo "run gofmt -w on these"; exit 1; }
+	@test -z "$$(gofmt -l api pkg services bench)" || { gofmt -l api pkg services bench; echo "run gofmt -w on these"; exit 1; }
 	go vet ./api/... ./pkg/... ./services/...
 	go run $(GOLANGCI) run ./api/... ./pkg/... ./services/...
 	@for m in api pkg services; do (cd $$m && GOWORK=off go build ./...) || exit 1; done
+	cd bench && GOWORK=off go vet ./...
 
 gen: ## regenerate api/ from the .proto files
 	cd api && ./third_party.sh && GOWORK=off go tool -modfile=buf.mod buf lint && GOWORK=off go tool -modfile=buf.mod buf generate
@@ -45,6 +46,7 @@ breaking: ## is the API understood by clients of before, and the other way round
 bench: build ## run the benchmarks, the demo and the fixed controller; compare figures of one run only
 	go test -run '^$$' -bench . -benchtime 1s ./pkg/... ./services/...
 	@echo "== demo at its natural rate"; bin/stopline demo --for 20s --json
+	@echo "== gateway, by ghz and vegeta beside a demo"; cd bench && GOWORK=off go run .
 	@d=$${STOPLINE_SHARED:-../shared}/scenarios; if command -v sumo >/dev/null && [ -d $$d ]; then \
 	  for m in ingolstadt1 ingolstadt7; do echo "== fixed controller, $$m"; \
 	    bin/stopline simulate --config $$d/$$m/$$m.sumocfg --controller fixed --rules field --json || exit 1; done; \

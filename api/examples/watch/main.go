@@ -2,7 +2,7 @@
 // its reading is on record.
 //
 //	stopline demo --api 127.0.0.1:8443 --data demo &
-//	go run ./examples/watch -address 127.0.0.1:8443 -insecure -district demo \
+//	go run ./examples/watch -address 127.0.0.1:8443 -insecure -district harbour \
 //	    -client operator-1 -key demo/keys/client-operator-1.key
 package main
 
@@ -34,7 +34,7 @@ func run(ctx context.Context) error {
 	address := flag.String("address", "127.0.0.1:8443", "host:port of the gateway")
 	insecure := flag.Bool("insecure", false, "without TLS: a demo on this machine")
 	pin := flag.String("pin", "", "SHA-256 of the gateway's public key, hex")
-	district := flag.String("district", "demo", "district of the gateway")
+	district := flag.String("district", "harbour", "district of the gateway")
 	name := flag.String("client", "operator-1", "the client's id in the registry")
 	keyFile := flag.String("key", "", "file with the client's key")
 	purpose := flag.String("purpose", "operations", "what for")
